@@ -1,0 +1,113 @@
+"""Settings of every service: one frozen dataclass each, one default each, read once in ``main.py``.
+
+A field becomes the flag ``--max-model-len`` and the variable ``MOEMESH_MAX_MODEL_LEN``; flags win over variables, which
+win over defaults. An unknown flag, a wrong type or a value out of range stops the service with the setting's name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from shared.errors import ConfigError
+
+ENV_PREFIX = "MOEMESH_"
+C = TypeVar("C")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a help text; ``help`` names the unit."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """What every service needs."""
+
+    mesh: str = setting("default", "name of the mesh; keeps several meshes apart on one NATS")
+    nats: str = setting("nats://127.0.0.1:4222", "URL of the NATS server")
+    id: str = setting("", "instance id; empty: the service kind and six random hex digits")
+    node: str = setting("", "name of this host; empty: the kernel's boot id")
+    model: str = setting("", "checkpoint directory or hub id; empty: the embedded demo model")
+    device: str = setting("auto", "torch device: auto, cpu, cuda, cuda:1")
+    threads: int = setting(0, "compute threads; 0: all cores")
+    metrics_host: str = setting("127.0.0.1", "address of the HTTP side (/metrics, /health, /ready)")
+    metrics_port: int = setting(0, "port of the HTTP side; 0: any free port")
+    otlp_endpoint: str = setting("", "OTLP/HTTP endpoint for traces, e.g. http://collector:4318; empty: no export")
+    trace_layers: bool = setting(False, "one span per layer and exchange in sampled traces (slow)")
+    log_level: str = setting("info", "debug, info, warning or error")
+    drain_s: float = setting(30.0, "seconds that running work may take after SIGTERM")
+
+
+@dataclass(frozen=True)
+class AttentionConfig(MeshConfig):
+    dtype: str = setting("auto", "compute and KV dtype: auto (cpu: float32, cuda: the checkpoint's), float32, bfloat16")
+    max_model_len: int = setting(0, "longest sequence in tokens; 0: what the model allows")
+    max_num_seqs: int = setting(64, "most sequences in one step")
+    max_batched_tokens: int = setting(512, "most rows in one step; longer prompts are prefilled in chunks")
+    max_waiting: int = setting(256, "most requests in the queue; more are refused")
+    kv_memory: str = setting("1GiB", "memory of the KV cache, e.g. 512MiB")
+    block_size: int = setting(16, "tokens per KV block")
+    exchange_deadline: float = setting(2.0, "seconds to wait for the replies of one exchange before it is repeated")
+    no_home_deadline: float = setting(30.0, "seconds that requests wait while an expert has no live home")
+    ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig(MeshConfig):
+    slots: int = setting(0, "most replicas on this instance; 0: no limit")
+    max_batched_tokens: int = setting(512, "most rows in one exchange; must be the attention pool's")
+    ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(MeshConfig):
+    homes: int = setting(0, "homes per expert; 0: every instance on CPU (weights are shared), one on GPU")
+    lease_s: float = setting(5.0, "seconds after which another scheduler may take over")
+
+
+@dataclass(frozen=True)
+class GatewayConfig(MeshConfig):
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0: any free port")
+    served_model_name: str = setting("", "model name in the API; empty: the directory's or hub id's name")
+    max_model_len: int = setting(0, "longest sequence in tokens; 0: what the attention pool reports")
+    api_key: str = setting("", "bearer token that /v1 requires; empty: none")
+    max_body: str = setting("8MiB", "largest request body")
+    max_queue: int = setting(512, "most open requests; more get 503 with retry-after")
+    request_deadline: float = setting(600.0, "seconds that a request may take")
+
+
+def load_config(cls: type[C], environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> C:
+    """Build ``cls`` from flags (None = not given), then ``MOEMESH_*`` variables, then defaults.
+
+    Raises ConfigError with the setting's name.
+    """
+    given = {k: v for k, v in (flags or {}).items() if v is not None}
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for f in fields(cls):  # type: ignore[arg-type]
+        variable = ENV_PREFIX + f.name.upper()
+        raw = given.get(f.name, environ.get(variable, MISSING))
+        if raw is MISSING:
+            continue
+        name = "--" + f.name.replace("_", "-") if f.name in given else variable
+        try:
+            values[f.name] = TypeAdapter(hints[f.name]).validate_python(raw)
+        except ValidationError as error:
+            raise ConfigError(name, f"{raw!r}: {error.errors()[0]['msg'].lower()}") from error
+    return cls(**values)
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """``"512MiB"`` -> 536870912. Raises ConfigError for the setting ``name``."""
+    digits = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip()[len(digits) :].lower()
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (ValueError, KeyError) as error:
+        raise ConfigError(name, f"{text!r} is not a size; write 512MiB or 2GiB") from error

@@ -1,0 +1,312 @@
+"""Every control message, as typed MessagePack: one small class each, validated where it enters a process.
+
+Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py).
+Unknown fields are tolerated, so that versions can mix; new fields go last and have defaults.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.errors import BadMessage
+
+MAX_EXPERT_INSTANCES = 64  # the live mask is one 64-bit word
+U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Message(BaseModel):
+    """Base of all control messages."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=False)
+
+    def encode(self) -> bytes:
+        """MessagePack bytes of this message."""
+        return msgpack.packb(self.model_dump(), use_bin_type=True)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Parse and validate. Raises BadMessage for anything that is not a valid message of this class."""
+        try:
+            return cls.model_validate(msgpack.unpackb(data, raw=False))
+        except (ValueError, msgpack.UnpackException, ValidationError) as error:
+            raise BadMessage(cls.__name__, str(error)) from error
+
+
+# ---- membership -------------------------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    GATEWAY = "gateway"
+    ATTENTION = "attention"
+    EXPERTS = "experts"
+    SCHEDULER = "scheduler"
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class ModelFacts(Message):
+    """What an instance knows of the model it serves. Instances with another digest are refused at join."""
+
+    name: str
+    digest: str
+    """Hex digest of config.json, the tensor index and the tokenizer (shared/models/loader.py)."""
+    layers: Count
+    moe_layers: tuple[int, ...]
+    """Checkpoint indices of the layers that have routed experts, ascending."""
+    experts: Count
+    """Routed experts per MoE layer."""
+    top_k: Count
+
+
+class AttentionFacts(Message):
+    max_model_len: Count
+    """Longest sequence (prompt and output), in tokens."""
+    kv_blocks: Count
+    block_size: Count
+    """Tokens per KV block."""
+    max_num_seqs: Count
+    placement: Count = 0
+    """Version of the placement that this instance uses now; 0 while it has none."""
+    waiting: Count = 0
+    running: Count = 0
+    outstanding_tokens: Count = 0
+    """Tokens still to be computed for accepted requests, the gateway's routing measure."""
+    kv_blocks_used: Count = 0
+    stalled: bool = False
+    """True while steps wait for an expert home."""
+
+
+class ExpertFacts(Message):
+    address: bytes
+    """Worker address on the data plane; opaque."""
+    placement: Count = 0
+    """Newest placement version whose homes on this instance are all loaded."""
+    replicas: Count = 0
+
+
+class Heartbeat(Message):
+    """Sent every second by every instance, and at once on a change of state."""
+
+    kind: Kind
+    id: str
+    incarnation: U64
+    """Random per process start: tells a restarted instance from its predecessor."""
+    state: State
+    node: str
+    device: str = "cpu"
+    version: str = ""
+    url: str = ""
+    """Base URL of the instance's HTTP side (/metrics, /health), empty when it has none."""
+    detail: str = ""
+    """One line for a person, e.g. loading progress or why a join was refused."""
+    model: ModelFacts | None = None
+    attention: AttentionFacts | None = None
+    experts: ExpertFacts | None = None
+    placement: Count = 0
+    """Scheduler only: version of the placement in the key-value store."""
+
+
+class Hello(Message):
+    """Published by a newcomer; everyone answers with a heartbeat at once."""
+
+    id: str
+
+
+# ---- placement --------------------------------------------------------------------------------------------
+
+
+class Placement(Message):
+    """Homes of every logical expert: the only thing that replica choice depends on.
+
+    Bit i of a mask stands for ``instances[i]``. Stored under one key, by compare-and-set.
+    """
+
+    version: Annotated[int, Field(ge=1)]
+    epoch: U64
+    """Epoch of the leader that wrote it."""
+    author: str
+    reason: str
+    digest: str
+    """Model digest that the homes belong to."""
+    instances: Annotated[tuple[str, ...], Field(max_length=MAX_EXPERT_INSTANCES)]
+    moe_layers: tuple[int, ...]
+    experts: Count
+    homes: bytes
+    """uint64 little-endian [len(moe_layers), experts]: mask of the instances where the expert may run."""
+
+
+# ---- requests ---------------------------------------------------------------------------------------------
+
+
+class SamplingParams(Message):
+    """How to choose tokens. Neutral defaults; ranges are checked here once for every entrance."""
+
+    max_tokens: Annotated[int, Field(ge=0)]
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 = off."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: U64 = 0
+    """Always set: the gateway draws one when the client gave none."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=1e3)] = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: Count = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Ends the output; includes the model's end-of-sequence ids unless ``ignore_eos`` was asked for."""
+    logprobs: Annotated[int, Field(ge=-1, le=20)] = -1
+    """-1 = none; otherwise how many alternatives to report beside the sampled token."""
+    prompt_logprobs: Annotated[int, Field(ge=-1, le=20)] = -1
+
+
+class Submit(Message):
+    """Gateway -> attention, request/reply. Idempotent by ``request_id``.
+
+    A prompt whose message would pass the size limit is sent as several messages with rising ``part``; only the
+    last one is acknowledged with a decision, the earlier ones with ``Accepted``.
+    """
+
+    request_id: str
+    gateway: str
+    """Instance id whose tokens subject receives the output."""
+    prompt: bytes
+    """int32 little-endian token ids (of this part)."""
+    sampling: SamplingParams
+    deadline_s: Annotated[float, Field(gt=0)]
+    """Seconds from receipt after which the request is dropped."""
+    output: bytes = b""
+    """int32 little-endian: tokens already delivered, when a request is resumed on another instance."""
+    part: Count = 0
+    parts: Annotated[int, Field(ge=1)] = 1
+    trace: dict[str, str] = {}
+    """W3C trace context headers."""
+
+
+RefusalCode = Literal[
+    "full",  # the queue is full: try another instance or later
+    "draining",  # the instance is leaving: try another
+    "no_experts",  # no placement or no live home
+    "too_long",  # prompt + max_tokens does not fit max_model_len or the KV cache
+    "invalid",  # the request can never succeed
+    "unknown",  # no such request here
+    "deadline",  # the request's deadline passed
+    "internal",  # a defect on our side, logged there
+]
+
+
+class Decision(Message):
+    """Reply to Submit, Cancel and Resend: accepted, or refused with a reason."""
+
+    ok: bool
+    code: RefusalCode | None = None
+    message: str = ""
+
+
+class TokenLogprobs(Message):
+    """Log-probabilities for one position, from the raw logits (before penalties and temperature)."""
+
+    logprob: float | None
+    """Of the token itself; None for the first prompt token."""
+    rank: Count = 0
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), most probable first, ties to the lowest id."""
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class TokenDelta(Message):
+    """Tokens of one request from ``position`` on (0 = first generated token)."""
+
+    request_id: str
+    position: Count
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token when asked for."""
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    """Set when the last of ``tokens`` is a stop token: it counts as output, but has no text."""
+    error: Decision | None = None
+    """Set when ``finish`` is "error"."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Sent once, with position 0."""
+
+
+class Tokens(Message):
+    """Attention -> gateway: the deltas of one step for all of this gateway's requests."""
+
+    attention: str
+    deltas: tuple[TokenDelta, ...]
+
+
+class Ack(Message):
+    """Gateway -> attention: everything below ``received[request_id]`` has arrived and may be forgotten.
+
+    A finished request is acknowledged with ``done`` and then forgotten completely.
+    """
+
+    gateway: str
+    received: dict[str, int] = {}
+    done: tuple[str, ...] = ()
+
+
+class Resend(Message):
+    """Gateway -> attention, request/reply: a gap or a second of silence; send again from ``position``."""
+
+    request_id: str
+    position: Count
+
+
+class Cancel(Message):
+    """Gateway -> attention, request/reply. Unknown ids are fine: the reply is ok either way."""
+
+    request_id: str
+
+
+# ---- subjects and buckets ---------------------------------------------------------------------------------
+
+
+class Subjects:
+    """Names on NATS for one mesh; the mesh name keeps several meshes apart on one server."""
+
+    def __init__(self, mesh: str) -> None:
+        self.prefix = f"moemesh.{mesh}"
+        self.bucket = f"moemesh-{mesh}"
+        """JetStream key-value bucket for the placement."""
+        self.leader_bucket = f"moemesh-{mesh}-leader"
+        """Bucket of its own, because its keys expire."""
+
+    PLACEMENT_KEY: ClassVar[str] = "placement"
+    LEADER_KEY: ClassVar[str] = "leader"
+
+    @property
+    def hello(self) -> str:
+        return f"{self.prefix}.hello"
+
+    @property
+    def heartbeats(self) -> str:
+        return f"{self.prefix}.heartbeat.>"
+
+    def heartbeat(self, kind: Kind, instance: str) -> str:
+        return f"{self.prefix}.heartbeat.{kind.value}.{instance}"
+
+    def attention(self, instance: str, verb: Literal["submit", "cancel", "resend", "ack"]) -> str:
+        return f"{self.prefix}.attention.{instance}.{verb}"
+
+    def tokens(self, gateway: str) -> str:
+        return f"{self.prefix}.gateway.{gateway}.tokens"
+
+
+def json_ready(message: Message) -> dict[str, Any]:
+    """The message as plain JSON values (bytes as their length), for ``--json`` output."""
+    return {k: (len(v) if isinstance(v, bytes) else v) for k, v in message.model_dump(mode="python").items()}

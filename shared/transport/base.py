@@ -1,0 +1,193 @@
+"""The data plane's seam: frames, and what every transport promises.
+
+A frame is a fixed binary header, a few host bytes of ``meta`` and a matrix of ``rows``. A transport moves frames and
+knows nothing of layers. It is driven by the thread that computes: only ``wake`` may be called from another thread.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, Protocol, Self
+
+import numpy as np
+import torch
+
+from shared.errors import BadFrame
+
+MAGIC = b"MOEX"
+WIRE_VERSION = 1
+HEADER_BYTES = 128
+
+
+class FrameKind(IntEnum):
+    HELLO = 1
+    """attention -> experts: meta holds the sender's worker address; sent before the first dispatch and every repeat."""
+    DISPATCH = 2
+    """attention -> experts: rows [tokens, hidden], normed hidden states of one micro-batch at one layer."""
+    COMBINE = 3
+    """experts -> attention: rows [parts, hidden] fp32 and meta (see shared/activation.py: PARTS)."""
+    REFUSAL = 4
+    """experts -> attention: meta holds a Refusal code (one byte) and a UTF-8 message."""
+
+
+class Refusal(IntEnum):
+    UNKNOWN_PLACEMENT = 1
+    """This version is not loaded here (yet): repeat."""
+    NO_HOME = 2
+    """The live mask leaves a chosen expert without a home."""
+    BAD_REQUEST = 3
+    """The frame is well-formed but wrong for this model."""
+
+
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+"""Row dtypes on the wire; a header carries the index."""
+
+
+@dataclass(slots=True)
+class Header:
+    """Everything a receiver needs to judge a frame before it looks at the rows. 128 bytes, little-endian."""
+
+    kind: int
+    mesh: int
+    """64-bit hash of mesh name and model digest: frames of another mesh or model are dropped and counted."""
+    sender: int
+    """Incarnation of the sending process."""
+    sequence: int
+    """Number of the exchange, rising per attention incarnation; a repeat keeps it."""
+    attempt: int = 0
+    epoch: int = 0
+    group: int = 0
+    """Group whose rows these are; the attention incarnation itself while a group has one member."""
+    placement: int = 0
+    live: int = 0
+    """Bit i set: placement.instances[i] takes part in this attempt."""
+    layer: int = 0
+    """Checkpoint index of the layer."""
+    rows: int = 0
+    columns: int = 0
+    dtype: int = 0
+    flags: int = 0
+    meta_bytes: int = 0
+    digest: int = 0
+    """COMBINE: digest of top-k ids and replica choice of the whole exchange."""
+    trace_id: bytes = bytes(16)
+    span_id: bytes = bytes(8)
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<4sHHQQQIIQQQQIIIHHQQ16s8s")
+
+    def pack_into(self, buffer: np.ndarray) -> None:
+        """Write the header to the first HEADER_BYTES of ``buffer`` (uint8)."""
+        self.LAYOUT.pack_into(
+            buffer, 0, MAGIC, WIRE_VERSION, self.kind, self.mesh, self.sender, self.sequence, self.attempt, self.layer,
+            self.epoch, self.group, self.placement, self.live, self.rows, self.columns, self.flags, self.dtype, 0,
+            self.meta_bytes, self.digest, self.trace_id, self.span_id,
+        )  # fmt: skip
+
+    @classmethod
+    def unpack_from(cls, buffer: np.ndarray) -> Self:
+        """Read a header. Raises BadFrame when the buffer is short or not ours."""
+        if len(buffer) < HEADER_BYTES:
+            raise BadFrame(f"frame of {len(buffer)} bytes is shorter than its header")
+        (
+            magic, version, kind, mesh, sender, sequence, attempt, layer, epoch, group, placement, live, rows, columns,
+            flags, dtype, _, meta_bytes, digest, trace_id, span_id,
+        ) = cls.LAYOUT.unpack_from(buffer)  # fmt: skip
+        if magic != MAGIC or version != WIRE_VERSION:
+            raise BadFrame(f"magic {magic!r} version {version}: expected {MAGIC!r} version {WIRE_VERSION}")
+        if dtype >= len(DTYPES):
+            raise BadFrame(f"unknown row dtype code {dtype}")
+        return cls(
+            kind, mesh, sender, sequence, attempt, epoch, group, placement, live, layer, rows, columns, dtype, flags,
+            meta_bytes, digest, trace_id, span_id,
+        )  # fmt: skip
+
+    @property
+    def row_bytes(self) -> int:
+        return self.rows * self.columns * DTYPES[self.dtype].itemsize
+
+    @property
+    def frame_bytes(self) -> int:
+        """Size of the whole frame when it travels as one message."""
+        return body_offset(self.meta_bytes) + self.row_bytes
+
+
+def body_offset(meta_bytes: int) -> int:
+    """Offset of the rows in a one-message frame: header and meta, rounded up to 64 bytes."""
+    return (HEADER_BYTES + meta_bytes + 63) // 64 * 64
+
+
+class Peer(Protocol):
+    """Where frames can be sent; made by ``Transport.connect``."""
+
+    @property
+    def alive(self) -> bool:
+        """False once the transport knows that the peer is gone. True promises nothing."""
+        ...
+
+
+class Outgoing(Protocol):
+    """A reused send buffer. Fill ``meta`` and ``rows``, then ``Transport.send`` it once (to one or many peers)."""
+
+    meta: np.ndarray
+    """uint8 [meta_bytes], host memory."""
+    rows: torch.Tensor
+    """[rows, columns] on the transport's device."""
+
+
+class Incoming(Protocol):
+    """A received frame; its memory is valid until ``release``."""
+
+    header: Header
+    meta: np.ndarray
+    """uint8 [header.meta_bytes], host memory."""
+    rows: torch.Tensor
+    """[header.rows, header.columns] of DTYPES[header.dtype] on the transport's device."""
+
+    def release(self) -> None:
+        """Give the memory back for another receive; idempotent."""
+        ...
+
+
+class Transport(Protocol):
+    """Moves frames between processes. At most once, in order per peer unless faults are injected, no acknowledgement.
+
+    All methods but ``wake`` belong to one thread. No method raises because a peer died: deadlines above decide.
+    """
+
+    address: bytes
+    """Opaque; what a peer passes to ``connect``."""
+    dropped: dict[str, int]
+    """Frames thrown away, by reason (``malformed``, ``too_long``)."""
+
+    def connect(self, address: bytes) -> Peer:
+        """Raises TransportError when the address is not usable from here."""
+        ...
+
+    def disconnect(self, peer: Peer) -> None:
+        """Forget a peer; buffers of unfinished sends stay quarantined until UCX lets go of them."""
+        ...
+
+    def outgoing(self, meta_bytes: int, rows: int, columns: int, dtype: torch.dtype) -> Outgoing:
+        """A free send buffer of that shape; memory is reused once earlier sends have completed."""
+        ...
+
+    def send(self, peers: Sequence[Peer], header: Header, frame: Outgoing) -> None:
+        """Start sending one frame to every peer. Fills rows, columns, dtype and meta_bytes of ``header``."""
+        ...
+
+    def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
+        """The next frame, or None after ``timeout`` seconds or a ``wake``.
+
+        Spins briefly, then sleeps on the transport's descriptor; while ``busy`` (a request is open somewhere) single
+        sleeps are bounded to about 1 ms because a wakeup can be lost, when idle they back off to 100 ms.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Make a sleeping ``receive`` return early. Thread-safe."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+        ...
