@@ -1,0 +1,197 @@
+"""What both sides of an exchange must agree on: replica choice, its digest, and the parts a reply carries.
+
+Pure functions of arrays, the same on every process and for any number of threads; an instance is its bit in the
+placement. Sending and waiting are elsewhere (services/attention/exchange.py, services/experts/server.py).
+"""
+
+import hashlib
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from shared.errors import MoemeshError
+from shared.messages import Placement
+
+PARTS = np.dtype([("token", "<u4"), ("expert", "<u4"), ("weight", "<f4")])
+"""One part: row of the exchange, logical expert, gate weight. The meta of a COMBINE frame is an array of them."""
+
+_FNV_OFFSET = np.uint64(0xCBF29CE484222325)
+_FNV_PRIME = np.uint64(0x100000001B3)
+_SHIFT = np.uint64(32)
+
+
+class NoLiveHome(MoemeshError):
+    """The live mask leaves a chosen expert without a home."""
+
+    def __init__(self, expert: int) -> None:
+        super().__init__(f"expert {expert} has no live home")
+        self.expert = expert
+
+
+def mesh_hash(mesh: str, digest: str) -> int:
+    """64-bit name of a mesh and its model, for frame headers; ``digest`` is the model digest."""
+    return int.from_bytes(hashlib.blake2b(f"{mesh}\0{digest}".encode(), digest_size=8).digest(), "little")
+
+
+def layer_homes(placement: Placement) -> dict[int, NDArray[np.uint64]]:
+    """Layer index -> homes uint64 [experts]. Raises ValueError when the table has not the promised size."""
+    table = np.frombuffer(placement.homes, dtype="<u8")
+    shape = (len(placement.moe_layers), placement.experts)
+    if table.size != shape[0] * shape[1]:
+        raise ValueError(
+            f"placement {placement.version} holds {table.size} masks, expected {shape[0]} x {shape[1]}"
+        )
+    return dict(zip(placement.moe_layers, table.reshape(shape).astype(np.uint64), strict=True))
+
+
+def choose_replicas(ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int) -> NDArray[np.int32]:
+    """Which instance computes each choice: the greedy of JANUS's activation scheduling.
+
+    Every activated expert goes as a whole to one live home: experts with the fewest live homes first, then the
+    lowest id, each to the host with the fewest activated experts so far, ties to the lowest instance.
+
+    Args:
+        ids: int32 [T, k], chosen experts.
+        homes: uint64 [E], bit i set: instance i is a home.
+        live: mask of the instances that take part.
+
+    Returns:
+        int32 [T, k], instance index per choice.
+
+    Raises:
+        NoLiveHome: an activated expert has no live home.
+        ValueError: an id is not in 0..E-1.
+    """
+    replicas = np.empty_like(ids)
+    code = _choose(ids, homes, np.uint64(live), replicas)
+    if code == _BAD_ID:
+        raise ValueError(f"expert ids must be in 0..{len(homes) - 1}")
+    if code >= 0:
+        raise NoLiveHome(code)
+    return replicas
+
+
+def exchange_digest(ids: NDArray[np.int32], replicas: NDArray[np.int32]) -> int:
+    """64-bit digest of the top-k ids and the replica choice of a whole exchange (both int32 [T, k])."""
+    return int(_digest(ids, replicas))
+
+
+def own_parts(
+    ids: NDArray[np.int32], replicas: NDArray[np.int32], weights: NDArray[np.float32], instance: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+    """The parts that ``instance`` computes, by ascending expert, then token.
+
+    ids, replicas int32 [T, k], weights fp32 [T, k] -> tokens int32 [P], experts int32 [P], weights fp32 [P].
+    """
+    return _own(ids, replicas, weights, instance)
+
+
+def write_parts(
+    meta: NDArray[np.uint8],
+    tokens: NDArray[np.int32],
+    experts: NDArray[np.int32],
+    weights: NDArray[np.float32],
+) -> None:
+    """Store P parts as PARTS in ``meta``, uint8 [12 * P]."""
+    parts = meta.view(PARTS)
+    parts["token"] = tokens
+    parts["expert"] = experts
+    parts["weight"] = weights
+
+
+_DONE = -1
+_BAD_ID = -2
+
+
+@njit(cache=True, nogil=True)
+def _choose(ids, homes, live, replicas):  # noqa: ANN001, ANN202
+    """Fills ``replicas``; returns _DONE, _BAD_ID, or the expert that has no live home."""
+    experts = len(homes)
+    hosts = np.zeros(experts, np.int64)  # live homes of each activated expert
+    for e in ids.ravel():
+        if e < 0 or e >= experts:
+            return -2
+        if hosts[e] == 0:
+            hosts[e] = _count_bits(homes[e] & live)
+            if hosts[e] == 0:
+                return e
+    chosen = np.empty(experts, np.int32)
+    load = np.zeros(64, np.int64)
+    for e in _fewest_first(hosts):
+        chosen[e] = _least_loaded(homes[e] & live, load)
+        load[chosen[e]] += 1
+    for t in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            replicas[t, j] = chosen[ids[t, j]]
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _count_bits(mask):  # noqa: ANN001, ANN202
+    count = 0
+    while mask:
+        mask &= mask - np.uint64(1)
+        count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _fewest_first(hosts):  # noqa: ANN001, ANN202
+    """Experts with hosts > 0, sorted by (hosts, id): a counting sort."""
+    starts = np.zeros(66, np.int64)
+    for n in hosts:
+        if n > 0:
+            starts[n + 1] += 1
+    for n in range(1, 66):
+        starts[n] += starts[n - 1]
+    order = np.empty(starts[65], np.int64)
+    for e in range(len(hosts)):
+        n = hosts[e]
+        if n > 0:
+            order[starts[n]] = e
+            starts[n] += 1
+    return order
+
+
+@njit(cache=True, nogil=True)
+def _least_loaded(mask, load):  # noqa: ANN001, ANN202
+    best = -1
+    for i in range(64):
+        if (mask >> np.uint64(i)) & np.uint64(1) and (best < 0 or load[i] < load[best]):
+            best = i
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _digest(ids, replicas):  # noqa: ANN001, ANN202
+    """FNV-1a over 64-bit words, then the finaliser of MurmurHash3 to spread the last ones."""
+    h = (_FNV_OFFSET ^ np.uint64(ids.shape[1])) * _FNV_PRIME
+    for t in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            word = (np.uint64(ids[t, j]) << _SHIFT) | np.uint64(np.uint32(replicas[t, j]))
+            h = (h ^ word) * _FNV_PRIME
+            h ^= h >> _SHIFT
+    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    return h ^ (h >> np.uint64(33))
+
+
+@njit(cache=True, nogil=True)
+def _own(ids, replicas, weights, instance):  # noqa: ANN001, ANN202
+    """A stable counting sort of this instance's choices by expert."""
+    starts = np.zeros(ids.max() + 2 if ids.size else 1, np.int64)
+    for t in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            if replicas[t, j] == instance:
+                starts[ids[t, j] + 1] += 1
+    for e in range(1, len(starts)):
+        starts[e] += starts[e - 1]
+    parts = starts[-1]
+    tokens, experts, own = np.empty(parts, np.int32), np.empty(parts, np.int32), np.empty(parts, np.float32)
+    for t in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            if replicas[t, j] == instance:
+                p = starts[ids[t, j]]
+                starts[ids[t, j]] += 1
+                tokens[p], experts[p], own[p] = t, ids[t, j], weights[t, j]
+    return tokens, experts, own
