@@ -1,0 +1,174 @@
+"""A whole mesh on this machine: which processes it has, when it is ready, and how it stops.
+
+Used by ``moemesh up``, ``moemesh demo``, the tests and the benches.
+"""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from shared.bus import Bus
+from shared.cli.children import Child, ChildDied, cores
+from shared.cli.serve import FOLLOW_PARENT
+from shared.errors import MoemeshError
+from shared.membership import Members
+from shared.messages import Heartbeat, Kind
+from shared.nats_server import NatsServer
+
+READY_LIMIT_S = 600.0
+STOP_LIMIT_S = 40.0
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """What ``moemesh up`` was asked for; empty strings and zeros mean the service's own default."""
+
+    model: str = ""
+    attention: int = 1
+    experts: int = 2
+    host: str = "127.0.0.1"
+    port: int = 8000
+    nats: str = ""
+    """URL of a running server; empty: start one."""
+    mesh: str = "default"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """More ``MOEMESH_*`` settings for every service, by field name (e.g. max_model_len)."""
+    python: tuple[str, ...] = ("-m", "shared.cli.main")
+
+
+class MeshFailed(MoemeshError):
+    """The mesh did not become ready in time."""
+
+
+class LocalMesh:
+    """Async context manager around the processes of one mesh.
+
+    Entering returns when the first request can be served; ``url`` is the gateway's address then.
+    Raises ChildDied when a service ends while loading, MeshFailed after READY_LIMIT_S seconds.
+    """
+
+    def __init__(
+        self,
+        options: MeshOptions,
+        on_line: Callable[[str, str], None] = lambda name, line: None,
+        on_heartbeat: Callable[[Heartbeat], None] = lambda heartbeat: None,
+    ) -> None:
+        self.options = options
+        self.url = ""
+        self.children: dict[str, Child] = {}
+        self.nats: NatsServer | None = None
+        self.nats_url = options.nats
+        self._on_line = on_line
+        self._on_heartbeat = on_heartbeat
+        self._stack = AsyncExitStack()
+        self._keepers: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip
+        await self.stop()
+
+    async def _start(self) -> None:
+        if not self.nats_url:
+            store = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="moemesh-nats-"))
+            self.nats = await self._stack.enter_async_context(NatsServer(Path(store)))
+            self.nats_url = self.nats.url
+        for name, argv in service_arguments(self.options).items():
+            child = Child(name, [*self.options.python, "serve", *argv], self._environ(name), self._on_line)
+            self.children[name] = child
+            await child.start()
+        await self._until_ready()
+        self._keepers = [asyncio.create_task(child.keep_alive()) for child in self.children.values()]
+
+    def _environ(self, name: str) -> dict[str, str]:
+        """The child's environment: ours, minus MOEMESH_* settings of ours that a flag of ``up`` replaces."""
+        options = self.options
+        ours = {"nats": self.nats_url, "mesh": options.mesh, "model": options.model, "id": name, **options.settings}
+        ours.setdefault("threads", str(threads_for(name, options, cores())))
+        return dict(os.environ) | {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
+
+    async def _until_ready(self) -> None:
+        """Wait for the gateway's /ready, and on every child's exit, with a limit."""
+        ready = asyncio.create_task(self._gateway_ready())
+        deaths = {asyncio.create_task(child.wait()): child for child in self.children.values()}
+        try:
+            done, _ = await asyncio.wait(
+                {ready, *deaths}, timeout=READY_LIMIT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ready in done:
+                self.url = ready.result()
+                return
+            for task in done:
+                child = deaths[task]  # type: ignore[index]
+                raise ChildDied(child.name, task.result(), list(child.lines))  # type: ignore[arg-type]
+            raise MeshFailed(f"the mesh was not ready within {READY_LIMIT_S:.0f} s")
+        finally:
+            for task in (ready, *deaths):
+                task.cancel()
+
+    async def _gateway_ready(self) -> str:
+        """The gateway's URL once its /ready answers 200; heartbeats tell where it listens."""
+        bus = await Bus.connect(self.nats_url, "moemesh-up")
+        members = Members(self.options.mesh)
+        try:
+            await members.watch(bus)
+            members.on_change(lambda: self._report(members))
+            async with httpx.AsyncClient(timeout=5.0) as client:
+                while True:
+                    for gateway in members.ready(Kind.GATEWAY):
+                        if await is_ready(client, gateway.heartbeat.url):
+                            return gateway.heartbeat.url
+                    await asyncio.sleep(0.05)
+        finally:
+            await bus.close()
+
+    def _report(self, members: Members) -> None:
+        for member in members.all():
+            self._on_heartbeat(member.heartbeat)
+
+    async def stop(self) -> None:
+        """Drain: first the gateway (it finishes its streams), then the rest together, then NATS."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        gateways = [c for name, c in self.children.items() if name.startswith("gateway")]
+        others = [c for name, c in self.children.items() if not name.startswith("gateway")]
+        for group in (gateways, others):
+            await asyncio.gather(*(child.stop(STOP_LIMIT_S) for child in group))
+        await self._stack.aclose()
+
+
+def service_arguments(options: MeshOptions) -> dict[str, list[str]]:
+    """Name of each process -> arguments of ``serve``."""
+    names = {"scheduler-0": ["scheduler"]}
+    names |= {f"experts-{i}": ["experts"] for i in range(options.experts)}
+    names |= {f"attention-{i}": ["attention"] for i in range(options.attention)}
+    names["gateway-0"] = ["gateway", "--host", options.host, "--port", str(options.port)]
+    return names
+
+
+def threads_for(name: str, options: MeshOptions, cores: int) -> int:
+    """Compute threads of a process: attention and experts take turns, so each pool may use every core."""
+    instances = {"attention": options.attention, "experts": options.experts}.get(name.split("-")[0])
+    return max(1, cores // instances) if instances else 1
+
+
+async def is_ready(client: httpx.AsyncClient, url: str) -> bool:
+    """Whether GET ``url``/ready answers 200."""
+    try:
+        return (await client.get(url + "/ready")).status_code == 200
+    except httpx.HTTPError:
+        return False

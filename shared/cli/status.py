@@ -1,0 +1,118 @@
+"""``moemesh status``: who is in the mesh, in which state, with which layers, experts and placement."""
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shared.bus import Bus
+from shared.errors import MoemeshError
+from shared.membership import Member, Members
+from shared.messages import Placement, Subjects
+
+LISTEN_S = 1.5
+"""Longer than a heartbeat interval, so that everybody alive was heard."""
+
+
+def status(
+    nats: Annotated[str, typer.Option(envvar="MOEMESH_NATS", help="URL of the NATS server")] = "nats://127.0.0.1:4222",
+    mesh: Annotated[str, typer.Option(envvar="MOEMESH_MESH", help="name of the mesh")] = "default",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """Show the instances of a mesh and its placement."""
+    members, placement = asyncio.run(look(nats, mesh))
+    if not members:
+        raise MoemeshError(f"no instance of mesh {mesh!r} answers on {nats}; is it up? (moemesh up)")
+    report = describe(members, placement)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_report(report, Console(highlight=False))
+
+
+async def look(nats: str, mesh: str) -> tuple[list[Member], Placement | None]:
+    """Listen to the mesh for LISTEN_S seconds. Raises BusUnavailable."""
+    bus = await Bus.connect(nats, "moemesh-status")
+    try:
+        members = Members(mesh)
+        await members.watch(bus)
+        await asyncio.sleep(LISTEN_S)
+        store = await bus.store(Subjects(mesh).bucket)
+        entry = await store.get(Subjects.PLACEMENT_KEY)
+        return members.all(), Placement.decode(entry[0]) if entry else None
+    finally:
+        await bus.close()
+
+
+def describe(members: list[Member], placement: Placement | None) -> dict[str, Any]:
+    """The report as plain values; pure."""
+    return {
+        "placement": describe_placement(placement) if placement else None,
+        "instances": [describe_member(m) for m in sorted(members, key=lambda m: (m.heartbeat.kind, m.heartbeat.id))],
+    }
+
+
+def describe_placement(placement: Placement) -> dict[str, Any]:
+    """Version, author and how many experts each instance is a home of."""
+    masks = memoryview(placement.homes).cast("Q")
+    homes = {name: sum(mask >> i & 1 for mask in masks) for i, name in enumerate(placement.instances)}
+    return {
+        "version": placement.version,
+        "author": placement.author,
+        "reason": placement.reason,
+        "layers": len(placement.moe_layers),
+        "experts_per_layer": placement.experts,
+        "homes": homes,
+    }
+
+
+def describe_member(member: Member) -> dict[str, Any]:
+    """One instance: identity, state, and the facts of its kind."""
+    beat = member.heartbeat
+    facts: dict[str, Any] = {}
+    if beat.attention:
+        facts = beat.attention.model_dump()
+    elif beat.experts:
+        facts = beat.experts.model_dump(exclude={"address"})
+    elif beat.placement:
+        facts = {"placement": beat.placement}
+    return {
+        "id": beat.id,
+        "kind": beat.kind.value,
+        "state": "suspect" if member.suspect else beat.state.value,
+        "node": beat.node,
+        "device": beat.device,
+        "url": beat.url,
+        "detail": beat.detail,
+        "model": beat.model.model_dump() if beat.model else None,
+        "facts": facts,
+    }
+
+
+def print_report(report: dict[str, Any], out: Console) -> None:
+    """A table for a person."""
+    placement = report["placement"]
+    if placement:
+        out.print(
+            f"placement {placement['version']} by {placement['author']} ({placement['reason']}): "
+            f"{placement['layers']} layers x {placement['experts_per_layer']} experts"
+        )
+    table = Table("instance", "state", "node", "device", "serves", "url", box=None, header_style="bold")
+    for row in report["instances"]:
+        table.add_row(row["id"], row["state"], row["node"][:12], row["device"], serves(row, placement), row["url"])
+    out.print(table)
+
+
+def serves(row: dict[str, Any], placement: dict[str, Any] | None) -> str:
+    """What an instance does, in a few words."""
+    facts = row["facts"]
+    if row["kind"] == "attention" and facts:
+        used, blocks = facts["kv_blocks_used"], facts["kv_blocks"]
+        return f"{facts['running']} running, {facts['waiting']} waiting, KV {used}/{blocks}, placement {facts['placement']}"
+    if row["kind"] == "experts" and facts:
+        homes = placement["homes"].get(row["id"], 0) if placement else 0
+        return f"home of {homes} experts, {facts['replicas']} resident, placement {facts['placement']}"
+    return row["detail"]
