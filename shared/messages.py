@@ -30,8 +30,8 @@ class Message(BaseModel):
     def decode(cls, data: bytes) -> Self:
         """Parse and validate. Raises BadMessage for anything that is not a valid message of this class."""
         try:
-            return cls.model_validate(msgpack.unpackb(data, raw=False))
-        except (ValueError, msgpack.UnpackException, ValidationError) as error:
+            return cls.model_validate(msgpack.unpackb(data, raw=False, strict_map_key=False))
+        except (ValueError, TypeError, msgpack.UnpackException, ValidationError) as error:
             raise BadMessage(cls.__name__, str(error)) from error
 
 
