@@ -5,6 +5,7 @@ Every check is a function that returns one Finding and starts nothing that stays
 
 import asyncio
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -36,7 +37,14 @@ def doctor(
     nats: Annotated[str, typer.Option(envvar="MOEMESH_NATS", help="check this NATS server as well")] = "",
 ) -> None:
     """Check this host: torch device, UCX transports, NATS, limits. Exits 1 when the mesh cannot run here."""
-    checks: list[Callable[[], Finding]] = [check_torch, check_ucx, check_nats_server, check_shm, check_memlock, check_cma]
+    checks: list[Callable[[], Finding]] = [
+        check_torch,
+        check_ucx,
+        check_nats_server,
+        check_shm,
+        check_memlock,
+        check_cma,
+    ]
     findings = [check() for check in checks]
     if nats:
         findings.append(check_nats(nats))
@@ -68,8 +76,8 @@ def check_ucx() -> Finding:
         return Finding("UCX", f"ucxx cannot be imported: {error}", "pip install ucxx-cu12 (or ucxx-cu13)", fatal=True)
     context = libucxx.UCXContext({}, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
     version = ".".join(str(part) for part in libucxx.get_ucx_version())
-    transports = context.config.get("TLS", "all")
-    return Finding("UCX", f"{version}, transports: {transports}, CUDA support: {context.cuda_support}")
+    transports = sorted(set(re.findall(r"-- (\S+)", context.info)))
+    return Finding("UCX", f"{version}, transports: {', '.join(transports)}; CUDA support: {context.cuda_support}")
 
 
 def check_nats_server() -> Finding:

@@ -97,7 +97,13 @@ class LocalMesh:
     def _environ(self, name: str) -> dict[str, str]:
         """The child's environment: ours, minus MOEMESH_* settings of ours that a flag of ``up`` replaces."""
         options = self.options
-        ours = {"nats": self.nats_url, "mesh": options.mesh, "model": options.model, "id": name, **options.settings}
+        ours = {
+            "nats": self.nats_url,
+            "mesh": options.mesh,
+            "model": options.model,
+            "id": name,
+            **options.settings,
+        }
         ours.setdefault("threads", str(threads_for(name, options, cores())))
         return dict(os.environ) | {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
 
@@ -106,9 +112,7 @@ class LocalMesh:
         ready = asyncio.create_task(self._gateway_ready())
         deaths = {asyncio.create_task(child.wait()): child for child in self.children.values()}
         try:
-            done, _ = await asyncio.wait(
-                {ready, *deaths}, timeout=READY_LIMIT_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait({ready, *deaths}, timeout=READY_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
             if ready in done:
                 self.url = ready.result()
                 return

@@ -19,7 +19,9 @@ def make(
     Console(stderr=True).print(f"wrote {out}")
 
 
-def show(model: Annotated[str, typer.Argument(help="directory or hub id; empty: the embedded demo model")] = "") -> None:
+def show(
+    model: Annotated[str, typer.Argument(help="directory or hub id; empty: the embedded demo model")] = "",
+) -> None:
     """Say what a checkpoint is, or why it cannot be served."""
     from shared.models.source import open_source
 

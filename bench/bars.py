@@ -1,0 +1,55 @@
+"""Run every bench that has bars and print one table; exits 1 when a bar does not hold.
+
+Needs about ten minutes and nothing else running. The checkpoint of the decode bench is made in a temporary directory.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+BENCH = Path(__file__).parent
+
+
+def run(script: str, *args: str) -> dict[str, Any]:
+    """Run one bench and return the JSON of its last line. Raises CalledProcessError when it fails."""
+    print(f"== {script} {' '.join(args)}", flush=True)
+    done = subprocess.run([sys.executable, BENCH / script, *args], check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="", flush=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def all_bars(scratch: Path) -> list[dict[str, Any]]:
+    """The bars of every bench, each with its bench's name."""
+    from shared.models.presets import make_checkpoint
+
+    model = scratch / "bench-1b"
+    make_checkpoint("bench-1b", model)
+    results = [run("decode.py", "--model", str(model), "--json")]
+    return [{"bench": result["bench"], **bar} for result in results for bar in result["bars"]]
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="moemesh-bars-") as scratch:
+        bars = all_bars(Path(scratch))
+    table = Table("bench", "measure", "value", "bar", "ok")
+    for bar in bars:
+        sign = "<=" if bar["at_most"] else ">="
+        table.add_row(
+            bar["bench"],
+            bar["name"],
+            f"{bar['value']:.3g}",
+            f"{sign} {bar['bar']:g}",
+            "yes" if bar["ok"] else "NO",
+        )
+    Console().print(table)
+    return 0 if all(bar["ok"] for bar in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

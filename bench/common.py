@@ -1,0 +1,85 @@
+"""What every bench shares: bars, medians, the JSON on the last line, and a reader of streamed completions."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One target: ``value`` must be at least (or, with ``at_most``, at most) ``bar``."""
+
+    name: str
+    value: float
+    bar: float
+    at_most: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.bar if self.at_most else self.value >= self.bar
+
+
+def report(name: str, result: dict[str, Any], bars: Iterable[Bar] = ()) -> None:
+    """Print the result as one JSON object on the last line of output."""
+    rows = [{**asdict(bar), "value": round(bar.value, 4), "ok": bar.ok} for bar in bars]
+    print(json.dumps({"bench": name, **result, "bars": rows}), flush=True)
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+@dataclass
+class Stream:
+    """Arrival times of one streamed completion, in seconds of ``time.perf_counter``."""
+
+    started: float
+    arrivals: list[float] = field(default_factory=list)
+    """One per event; events with several tokens count once per token."""
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token."""
+        return self.arrivals[0] - self.started
+
+    @property
+    def tpot(self) -> float:
+        """Mean time per output token after the first."""
+        return (self.arrivals[-1] - self.arrivals[0]) / max(1, len(self.arrivals) - 1)
+
+
+async def stream_tokens(client: httpx.AsyncClient, url: str, prompt: list[int], max_tokens: int, **body: Any) -> Stream:
+    """One greedy streamed completion of token ids, to exactly ``max_tokens`` tokens."""
+    request = {
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    stream = Stream(time.perf_counter())
+    async with client.stream(
+        "POST", url + "/v1/completions", json={**request, "return_token_ids": True, **body}
+    ) as response:
+        if response.status_code != 200:
+            raise RuntimeError((await response.aread()).decode())
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                take_event(stream, json.loads(line[6:]))
+    return stream
+
+
+def take_event(stream: Stream, event: dict[str, Any]) -> None:
+    """Add the token ids of one event. Raises RuntimeError for an error event."""
+    if "error" in event:
+        raise RuntimeError(event["error"]["message"])
+    for choice in event["choices"]:
+        ids = choice.get("token_ids") or []
+        stream.tokens += ids
+        stream.arrivals += [time.perf_counter()] * len(ids)

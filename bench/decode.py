@@ -1,0 +1,183 @@
+"""How fast does a mesh decode, beside the same checkpoint through transformers on the same cores?
+
+    python bench/decode.py --model DIR --attention 1 --experts 2 --batch 1,8,32 --json
+
+Both sides serve the same prompts in interleaved repeats of one run; transformers takes its fastest combination of dtype
+and experts implementation, tried first for each batch size. Ratios are medians over repeats.
+"""
+
+import argparse
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import torch
+from common import Bar, median, report, stream_tokens
+from transformers import AutoModelForCausalLM
+
+from shared.cli.mesh import LocalMesh, MeshOptions
+
+PROBE_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured batch: seconds to first token, seconds per output token, output tokens per second."""
+
+    ttft: float
+    tpot: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to run the checkpoint in transformers."""
+
+    dtype: str
+    experts: str
+    model: Any
+
+
+def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    """Seeded random token ids [batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab, (batch, length), generator=generator).tolist()
+
+
+async def run_mesh(url: str, ids: list[list[int]], output: int) -> Sample:
+    """All prompts at once as separate streams."""
+    limits = httpx.Limits(max_connections=len(ids))
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+        start = time.perf_counter()
+        streams = await asyncio.gather(*(stream_tokens(client, url, p, output) for p in ids))
+        spent = time.perf_counter() - start
+    assert all(len(s.tokens) == output for s in streams), [len(s.tokens) for s in streams]
+    return Sample(median([s.ttft for s in streams]), median([s.tpot for s in streams]), len(ids) * output / spent)
+
+
+def run_peer(peer: Peer, ids: list[list[int]], output: int) -> Sample:
+    """transformers' generate on the same prompts as one batch; the first token is timed by a run of its own."""
+    x = torch.tensor(ids)
+    first = generate(peer.model, x, 1)
+    whole = generate(peer.model, x, output)
+    return Sample(first, (whole - first) / max(1, output - 1), len(ids) * output / whole)
+
+
+def generate(model: Any, x: torch.Tensor, output: int) -> float:
+    """Seconds for ``output`` greedy tokens."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        y = model.generate(
+            x,
+            attention_mask=torch.ones_like(x),
+            max_new_tokens=output,
+            min_new_tokens=output,
+            do_sample=False,
+        )
+    assert y.shape[1] == x.shape[1] + output
+    return time.perf_counter() - start
+
+
+def load_peers(model: str) -> list[Peer]:
+    """The checkpoint in each dtype and experts implementation that this transformers accepts on this host."""
+    peers = []
+    for dtype in ("float32", "bfloat16"):
+        for experts in ("eager", "grouped_mm", "batched_mm"):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, dtype=getattr(torch, dtype), experts_implementation=experts
+            ).eval()
+            peers.append(Peer(dtype, experts, loaded))
+    return peers
+
+
+def fastest(peers: list[Peer], ids: list[list[int]]) -> Peer:
+    """The peer with the highest decode rate on a short trial; what an implementation cannot do does not run."""
+    trials: dict[float, Peer] = {}
+    for peer in peers:
+        try:
+            run_peer(peer, ids, 2)
+            trials[run_peer(peer, ids, PROBE_TOKENS).tpot] = peer
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"transformers {peer.dtype} {peer.experts}: {str(error)[:80]}")
+    return trials[min(trials)]
+
+
+async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
+    """Interleaved repeats for every batch size."""
+    torch.set_num_threads(args.threads)
+    batches = [int(b) for b in args.batch.split(",")]
+    peers = [] if args.no_peer else load_peers(args.model)
+    options = MeshOptions(
+        model=args.model,
+        attention=args.attention,
+        experts=args.experts,
+        port=0,
+        mesh="bench",
+        settings=dict(args.set),
+    )
+    rows, bars = [], []
+    async with LocalMesh(options, on_line=print if args.verbose else lambda name, line: None) as mesh:
+        for batch in batches:
+            vocab = args.vocab
+            ids = prompts(batch, args.prompt, vocab, seed=batch)
+            peer = fastest(peers, ids) if peers else None
+            await run_mesh(mesh.url, ids, 4)
+            ours, theirs = [], []
+            for _ in range(args.repeats):
+                ours.append(await run_mesh(mesh.url, ids, args.output))
+                if peer:
+                    theirs.append(run_peer(peer, ids, args.output))
+            rows.append(row(batch, ours, theirs, peer))
+            print_row(rows[-1])
+            if theirs:
+                ratio = median([a.rate / b.rate for a, b in zip(ours, theirs, strict=True)])
+                bars.append(Bar(f"mesh / transformers, tokens/s, batch {batch}", ratio, args.bar))
+    return {"model": args.model, "mesh": f"{args.attention}A{args.experts}E", "rows": rows}, bars
+
+
+def row(batch: int, ours: list[Sample], theirs: list[Sample], peer: Peer | None) -> dict[str, Any]:
+    """Medians of both sides, in ms and tokens/s."""
+    result: dict[str, Any] = {"batch": batch, "mesh": medians(ours)}
+    if peer:
+        result["transformers"] = {**medians(theirs), "dtype": peer.dtype, "experts": peer.experts}
+    return result
+
+
+def medians(samples: list[Sample]) -> dict[str, float]:
+    return {
+        "ttft_ms": round(median([s.ttft for s in samples]) * 1e3, 1),
+        "tpot_ms": round(median([s.tpot for s in samples]) * 1e3, 2),
+        "tokens_per_s": round(median([s.rate for s in samples]), 1),
+    }
+
+
+def print_row(row: dict[str, Any]) -> None:
+    for side in ("mesh", "transformers"):
+        if side in row:
+            print(f"batch {row['batch']:>3}  {side:<13}{row[side]}", flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, help="checkpoint directory (moemesh models make --preset bench-1b)")
+    p.add_argument("--attention", type=int, default=1)
+    p.add_argument("--experts", type=int, default=2)
+    p.add_argument("--batch", default="1,8,32")
+    p.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    p.add_argument("--output", type=int, default=64, help="output tokens")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of transformers")
+    p.add_argument("--vocab", type=int, default=4096, help="prompts use ids below this")
+    p.add_argument("--bar", type=float, default=1.0, help="lowest acceptable ratio")
+    p.add_argument("--set", type=lambda s: tuple(s.split("=", 1)), action="append", default=[], metavar="NAME=VALUE")
+    p.add_argument("--no-peer", action="store_true", help="the mesh alone")
+    p.add_argument("--verbose", action="store_true", help="show the services' logs")
+    p.add_argument("--json", action="store_true", help="accepted for symmetry: the last line is always JSON")
+    result, bars = asyncio.run(measure(p.parse_args()))
+    report("decode", result, bars)
+
+
+if __name__ == "__main__":
+    main()
