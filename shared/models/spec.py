@@ -14,8 +14,8 @@ class RopeSpec:
     dim: int
     """Rotated dimensions of a head; the rest passes through."""
     kind: str = "default"
-    scaling: dict[str, float] = field(default_factory=dict)
-    """Parameters of the scaled kinds (linear, llama3, yarn, ...), named as in config.json."""
+    scaling: dict[str, float] = field(default_factory=dict, hash=False)
+    """Parameters of the scaled kinds (linear: ``factor``), named as in config.json."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class AttentionSpec:
     qk_norm: bool = False
     """RMS norm per head on q and k before the rotation (Qwen3)."""
     bias: bool = False
-    """Bias on the q, k and v projections (and on o, when the checkpoint has it)."""
+    """Bias on the q, k and v projections."""
+    out_bias: bool = False
+    """Bias on the output projection."""
     window: int = 0
     """Sliding window in tokens; 0 = full."""
 
@@ -63,6 +65,8 @@ class ModelSpec:
     hidden: int
     expert_hidden: int
     """Intermediate size of a routed expert."""
+    dense_hidden: int
+    """Intermediate size of the feed-forward of layers without experts."""
     activation: str
     """silu or gelu, as named in config.json."""
     norm_eps: float
@@ -72,7 +76,7 @@ class ModelSpec:
     router: RouterSpec
     layers: tuple[LayerSpec, ...]
     names: dict[str, str]
-    """Tensor role -> name pattern with {layer} and {expert}; roles are listed in families.py."""
+    """Tensor role -> name pattern with {layer} and {expert}; the roles are those of layout.py."""
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

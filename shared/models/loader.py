@@ -1,0 +1,77 @@
+"""Tensors of a checkpoint, as views of memory-mapped safetensors files.
+
+A view costs no memory until it is read, and all processes of a host that read it share the pages. Weights are
+only ever read through this file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shared.errors import ModelError
+from shared.messages import ModelFacts
+from shared.models.layout import tensor_name
+from shared.models.source import ModelSource, open_source
+from shared.models.spec import ModelSpec
+
+
+def open_checkpoint(model: str) -> "Checkpoint":
+    """A Hugging Face directory, a hub id, or "" for the embedded demo. Raises ModelError, UnsupportedModel."""
+    return Checkpoint(open_source(model))
+
+
+class Checkpoint:
+    """Opens files when a tensor of theirs is first asked for; not thread-safe."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self._files: dict[str, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.source.spec
+
+    @property
+    def digest(self) -> str:
+        return self.source.digest
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def facts(self) -> ModelFacts:
+        return self.source.facts()
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file (mapped copy-on-write: writing to it stays private). Raises ModelError."""
+        info = self.source.tensors.get(name)
+        if info is None:
+            raise ModelError(str(self.path), f"tensor {name} is missing")
+        tensor = self._open(info.file).get_tensor(name)
+        return tensor if tensor.data_ptr() % tensor.itemsize == 0 else tensor.clone()
+
+    def load(self, role: str, layer: int, expert: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tensor of a role where kernels want it.
+
+        On CPU matrices stay views in the dtype of the file and vectors (norms, biases) become fp32; on other devices
+        everything is copied there as ``dtype``.
+        """
+        tensor = self.tensor(tensor_name(self.spec, role, layer, expert))
+        if device.type == "cpu":
+            return tensor.float() if tensor.dim() == 1 else tensor
+        return tensor.to(device=device, dtype=dtype)
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(str(self.path / file), f"cannot be mapped: {error}") from error
+        return self._files[file]

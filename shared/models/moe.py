@@ -1,0 +1,52 @@
+"""The routed experts of one layer: its gate, and whichever experts are resident here. Knows no homes and no slots."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from shared.kernels.base import Kernels
+from shared.models.layout import expert_roles
+from shared.models.loader import Checkpoint
+
+
+class MoeLayer:
+    """One layer with experts. ``forward`` may run while another thread is in ``load``: tables are swapped whole."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype, layer: int
+    ) -> None:
+        """Loads the gate and no experts. ``dtype`` is that of weights off CPU; on CPU they stay as in the file."""
+        self.spec, self.layer = checkpoint.spec, layer
+        self._checkpoint, self._kernels, self._device, self._dtype = checkpoint, kernels, device, dtype
+        self._router = checkpoint.load("router", layer, 0, device, dtype)
+        self._experts: dict[int, list[Tensor]] = {}
+        self._table = kernels.expert_table({})
+
+    @property
+    def resident(self) -> frozenset[int]:
+        return self._table.resident
+
+    def load(self, experts: Iterable[int]) -> None:
+        """Make these experts resident beside those that already are. Raises ModelError for an expert that is not there."""
+        new = [e for e in sorted(set(experts)) if e not in self._experts]
+        self._experts = self._experts | {e: self._weights(e) for e in new}
+        self._table = self._kernels.expert_table(dict(self._experts))
+
+    def unload(self, experts: Iterable[int]) -> None:
+        """Let go of these experts; those that are not resident are ignored."""
+        gone = set(experts)
+        self._experts = {e: w for e, w in self._experts.items() if e not in gone}
+        self._table = self._kernels.expert_table(dict(self._experts))
+
+    def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k])."""
+        return self._kernels.route(rows, self._router, self.spec.router)
+
+    def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, out: Tensor) -> None:
+        """out fp32 [P, H] = expert ids[p] of row tokens[p] of rows [T, H]; int32, ``ids`` ascending and resident."""
+        self._kernels.experts(rows, self._table, tokens, ids, self.spec.activation, out)
+
+    def _weights(self, expert: int) -> list[Tensor]:
+        roles = expert_roles(self.spec)
+        return [self._checkpoint.load(role, self.layer, expert, self._device, self._dtype) for role in roles]
