@@ -35,6 +35,7 @@ class MeshConfig:
     metrics_host: str = setting("127.0.0.1", "address of the HTTP side (/metrics, /health, /ready)")
     metrics_port: int = setting(0, "port of the HTTP side; 0: any free port")
     otlp_endpoint: str = setting("", "OTLP/HTTP endpoint for traces, e.g. http://collector:4318; empty: no export")
+    trace_ratio: float = setting(1.0, "share of traces that are recorded, 0 to 1; a caller's decision is kept")
     trace_layers: bool = setting(False, "one span per layer and exchange in sampled traces (slow)")
     log_level: str = setting("info", "debug, info, warning or error")
     drain_s: float = setting(30.0, "seconds that running work may take after SIGTERM")

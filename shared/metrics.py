@@ -1,0 +1,122 @@
+"""Metrics in plain numbers, shown as Prometheus text when somebody scrapes.
+
+Hot loops count in `Buckets`, integers and numpy arrays; a `SnapshotCollector` reads them at scrape time and only then.
+Not here: the registry and ``/metrics`` itself (shared/telemetry.py, shared/lifecycle.py).
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import numpy as np
+from prometheus_client import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+PREFIX = "moemesh_"
+MetricKind = Literal["counter", "gauge", "histogram"]
+CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
+    "running": ("gauge", "Requests being computed (gateway: open streams)."),
+    "waiting": ("gauge", "Requests queued (gateway: not yet accepted by an attention instance)."),
+    "requests": ("counter", "Requests finished, by outcome."),
+    "refused": ("counter", "Requests refused, by code."),
+    "prompt_tokens": ("counter", "Prompt tokens computed or received."),
+    "generated_tokens": ("counter", "Tokens generated."),
+    "time_to_first_token_seconds": ("histogram", "From the request's arrival to its first token."),
+    "inter_token_latency_seconds": ("histogram", "Between two tokens of one request."),
+    "step_seconds": ("histogram", "One forward pass over the current batch."),
+    "steps": ("counter", "Forward passes."),
+    "preemptions": ("counter", "Sequences that gave up their KV blocks to be recomputed later."),
+    "kv_blocks": ("gauge", "KV blocks of this instance."),
+    "kv_blocks_used": ("gauge", "KV blocks that sequences hold."),
+    "exchange_seconds": ("histogram", "From dispatch to the last combined part of one exchange."),
+    "exchange_bytes": ("counter", "Bytes of frames on the data plane, by direction."),
+    "exchange_repeats": ("counter", "Exchanges that were sent again."),
+    "frames_dropped": ("counter", "Frames thrown away, by reason."),
+    "expert_tokens": ("counter", "Tokens computed, by layer and expert."),
+    "replicas": ("gauge", "Loaded expert replicas."),
+    "placement_version": ("gauge", "Version of the placement in use."),
+    "instances": ("gauge", "Known instances, by kind and state."),
+}
+"""Every metric's kind and help text; ``moemesh_`` is put before the name, ``_total`` after a counter's."""
+
+
+class Buckets:
+    """A histogram in plain numbers: one `observe` costs a bisection and three additions, without a lock.
+
+    One thread observes, any thread may read: a scrape in between may miss the observation under way.
+    """
+
+    LATENCY: tuple[float, ...] = (
+        25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,
+        2.5, 5, 10, 30,
+    )  # fmt: skip
+    """Seconds: from an exchange on shared memory to a request that waited."""
+
+    def __init__(self, edges: Sequence[float] = LATENCY) -> None:
+        self.edges = tuple(edges)
+        self.counts = [0] * (len(self.edges) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.edges, value)] += times
+        self.sum += value * times
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper edge, observations at or below it), as Prometheus wants them."""
+        edges = [str(edge) for edge in self.edges] + ["+Inf"]
+        return list(zip(edges, accumulate(self.counts), strict=True))
+
+
+class Sample(NamedTuple):
+    """One value at the time of a scrape."""
+
+    name: str
+    kind: MetricKind
+    help: str
+    labels: Mapping[str, str]
+    value: float | Buckets
+
+
+def sample(name: str, value: float | Buckets, **labels: str) -> Sample:
+    """A sample of a metric in `CATALOGUE`. Raises KeyError for another name."""
+    kind, text = CATALOGUE[name]
+    return Sample(name, kind, text, labels, value)
+
+
+def expert_samples(counts: np.ndarray, moe_layers: Sequence[int]) -> list[Sample]:
+    """``expert_tokens`` of int64 ``counts`` [len(moe_layers), experts]; those without a token are left out."""
+    found = zip(*np.nonzero(counts), strict=True)
+    return [
+        sample("expert_tokens", float(counts[row, expert]), layer=str(moe_layers[row]), expert=str(expert))
+        for row, expert in found
+    ]
+
+
+class SnapshotCollector(Collector):
+    """Turns what ``read`` returns at each scrape into Prometheus families."""
+
+    def __init__(self, read: Callable[[], Iterable[Sample]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        by_name: dict[str, list[Sample]] = {}
+        for one in self._read():
+            by_name.setdefault(one.name, []).append(one)
+        return (_family(samples) for samples in by_name.values())
+
+
+def _family(samples: Sequence[Sample]) -> Metric:
+    """One metric family; samples of one name have the same kind and label names."""
+    first = samples[0]
+    name, labels = PREFIX + first.name, tuple(first.labels)
+    makers = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+    family = makers[first.kind](name, first.help, labels=labels)
+    for one in samples:
+        values = [one.labels[label] for label in labels]
+        if isinstance(one.value, Buckets):
+            family.add_metric(values, one.value.cumulative(), one.value.sum)
+        else:
+            family.add_metric(values, one.value)
+    return family
