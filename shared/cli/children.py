@@ -6,7 +6,7 @@ Knows processes only; what a mesh consists of is in mesh.py.
 import asyncio
 import os
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,9 +49,14 @@ class Child:
     async def start(self) -> None:
         """Start the process and read its stderr until it ends."""
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, *self.argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=PIPE,
-            env=dict(self.environ), start_new_session=True,
-        )  # fmt: skip
+            sys.executable,
+            *self.argv,
+            stdin=DEVNULL,
+            stdout=DEVNULL,
+            stderr=PIPE,
+            env=dict(self.environ),
+            start_new_session=True,
+        )
         self._task = asyncio.create_task(self._read(self.process))
 
     async def _read(self, process: Process) -> None:

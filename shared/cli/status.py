@@ -110,8 +110,8 @@ def serves(row: dict[str, Any], placement: dict[str, Any] | None) -> str:
     """What an instance does, in a few words."""
     facts = row["facts"]
     if row["kind"] == "attention" and facts:
-        used, blocks = facts["kv_blocks_used"], facts["kv_blocks"]
-        return f"{facts['running']} running, {facts['waiting']} waiting, KV {used}/{blocks}, placement {facts['placement']}"
+        load = f"{facts['running']} running, {facts['waiting']} waiting"
+        return f"{load}, KV {facts['kv_blocks_used']}/{facts['kv_blocks']}, placement {facts['placement']}"
     if row["kind"] == "experts" and facts:
         homes = placement["homes"].get(row["id"], 0) if placement else 0
         return f"home of {homes} experts, {facts['replicas']} resident, placement {facts['placement']}"
