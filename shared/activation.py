@@ -39,9 +39,7 @@ def layer_homes(placement: Placement) -> dict[int, NDArray[np.uint64]]:
     table = np.frombuffer(placement.homes, dtype="<u8")
     shape = (len(placement.moe_layers), placement.experts)
     if table.size != shape[0] * shape[1]:
-        raise ValueError(
-            f"placement {placement.version} holds {table.size} masks, expected {shape[0]} x {shape[1]}"
-        )
+        raise ValueError(f"placement {placement.version} holds {table.size} masks, expected {shape[0]} x {shape[1]}")
     return dict(zip(placement.moe_layers, table.reshape(shape).astype(np.uint64), strict=True))
 
 

@@ -1,0 +1,277 @@
+"""The exchange over a transport: send, wait with deadlines, repeat, verify, sum.
+
+One-phase: all rows go to every live expert instance. Who is live is decided in targets.py, which frame belongs to
+which exchange in pending.py, what replies must contain in replies.py.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from services.attention.exchange import Staged, View
+from services.attention.pending import ExchangeStats, Inbox, Pending
+from services.attention.replies import Arrangement
+from services.attention.targets import Targets
+from shared.errors import ExchangeUnavailable
+from shared.kernels.base import Kernels
+from shared.transport.base import DTYPES, FrameKind, Header, Peer, Transport
+
+MAX_DISAGREEMENTS = 3
+SLICE_S = 0.05  # how often a waiting exchange looks whether a connection broke
+
+
+class MeshExchange:
+    """See ``Exchange``. Belongs to the compute thread, but for ``wake`` and ``stats``.
+
+    Args:
+        mesh: hash of mesh name and model digest (shared/activation.py).
+        incarnation: of this process.
+        deadline: seconds to wait for replies before an exchange is repeated; doubles with every fruitless repeat.
+        give_up: seconds after which an exchange ends with ExchangeUnavailable; 0: three deadlines.
+        pause: seconds before a refused dispatch is repeated; doubles up to 0.1 s.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        kernels: Kernels,
+        *,
+        hidden: int,
+        dtype: torch.dtype,
+        top_k: int,
+        mesh: int,
+        incarnation: int,
+        deadline: float = 2.0,
+        give_up: float = 0.0,
+        pause: float = 0.005,
+    ) -> None:
+        self._transport = transport
+        self._kernels = kernels
+        self._hidden, self._dtype = hidden, dtype
+        self._mesh, self._incarnation = mesh, incarnation
+        self._deadline, self._pause = deadline, pause
+        self._give_up = give_up or 3 * deadline
+        self._targets = Targets(transport)
+        self._stats = ExchangeStats()
+        self._inbox = Inbox(self._targets, self._stats, mesh, hidden)
+        self._arrangement = Arrangement(top_k)
+        self._sequence = 0
+        self._spare: list[Tensor] = []
+        self._probe_at = 0.0
+
+    # ---- between steps ----------------------------------------------------------------------------------
+
+    def update(self, view: View) -> None:
+        for pending in list(self._inbox.open.values()):
+            self._close(pending)
+        newcomers = self._targets.update(view)
+        if newcomers:
+            self._hello(newcomers)
+
+    def ready(self) -> bool:
+        return self._targets.ready()
+
+    def idle_wait(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        self._probe()
+        while (left := end - time.monotonic()) > 0 and self._receive(left, busy=False):
+            pass
+
+    def wake(self) -> None:
+        self._transport.wake()
+
+    def stats(self) -> ExchangeStats:
+        """A copy of the counters; may be called from any thread."""
+        return self._stats.copy()
+
+    # ---- one exchange -----------------------------------------------------------------------------------
+
+    def stage(self, rows: int) -> Staged:
+        return self._transport.outgoing(0, rows, self._hidden, self._dtype)
+
+    def dispatch(self, layer: int, staged: Staged) -> Pending:
+        if not self._targets.asked(layer):
+            self._stats.unavailable += 1
+            raise ExchangeUnavailable(layer, self._targets.absent(), "some experts have no home to ask")
+        self._sequence += 1
+        kept = self._keep(staged.rows)
+        give_up = time.monotonic() + self._give_up
+        pending = Pending(layer, self._sequence, len(staged.rows), kept, give_up, self._deadline, self._pause)
+        self._inbox.open[pending.sequence] = pending
+        self._aim(pending)
+        self._send(pending, pending.asked, staged)
+        return pending
+
+    def combine(self, handle: Pending, x: Tensor) -> None:
+        start = time.monotonic()
+        try:
+            self._gather(handle)
+            rows = [reply.rows for reply in handle.replies.values()]
+            self._kernels.combine(x, rows, *self._arrangement.tensors(x.device))
+            self._stats.exchanges += 1
+        except ExchangeUnavailable:
+            self._stats.unavailable += 1
+            raise
+        finally:
+            self._close(handle)
+            self._stats.waited += time.monotonic() - start
+
+    def _gather(self, pending: Pending) -> None:
+        """Return when all replies are here, agree and are arranged."""
+        if pending.sequence not in self._inbox.open:
+            raise ExchangeUnavailable(pending.layer, [], "the exchange was given up by an update")
+        while True:
+            while pending.missing:
+                self._wait(pending)
+            reason = self._verify(pending)
+            if not reason:
+                return
+            self._disagree(pending, reason)
+
+    def _wait(self, pending: Pending) -> None:
+        """Until one frame, the retry of a refusal or the deadline; acts on the latter two."""
+        due = min(pending.deadline, pending.retry_at)
+        received = self._receive(min(due - time.monotonic(), SLICE_S))
+        if pending.fatal:
+            raise self._unavailable(pending, pending.refused)
+        if not pending.missing:
+            return
+        now = time.monotonic()
+        if now >= pending.deadline:
+            self._overdue(pending, now)
+        elif now >= pending.retry_at:
+            self._retry_refused(pending)
+        elif not received:
+            self._look_for_dead(pending)
+
+    def _verify(self, pending: Pending) -> str:
+        """Why the replies cannot be summed, "" when they can."""
+        replies = pending.replies
+        if len({reply.header.digest for reply in replies.values()}) > 1:
+            pending.problem = "replicas were chosen differently"
+            return "digest"
+        sources = [(bit.bit_length() - 1, reply.meta) for bit, reply in replies.items()]
+        problem = self._arrangement.fill(pending.rows, sources, self._targets.homes[pending.layer])
+        pending.problem = problem or pending.problem
+        return "parts" if problem else ""
+
+    # ---- trouble ----------------------------------------------------------------------------------------
+
+    def _overdue(self, pending: Pending, now: float) -> None:
+        self._suspect(pending.missing)
+        if now >= pending.give_up:
+            pending.problem = pending.problem or f"no answer within {self._give_up:g} s"
+            raise self._unavailable(pending, pending.missing)
+        pending.patience *= 2
+        self._again(pending, pending.missing, "deadline")
+
+    def _retry_refused(self, pending: Pending) -> None:
+        refused, pending.refused, pending.retry_at = pending.refused, 0, math.inf
+        if refused & pending.refused_before:
+            self._suspect(refused)
+        pending.refused_before |= refused
+        self._again(pending, refused, "refusal")
+
+    def _look_for_dead(self, pending: Pending) -> None:
+        dead = self._targets.dead(pending.missing)
+        if dead:
+            self._suspect(dead)
+            if self._targets.live != pending.live:
+                self._again(pending, dead, "connection")
+
+    def _disagree(self, pending: Pending, reason: str) -> None:
+        pending.disagreements += 1
+        if pending.disagreements >= MAX_DISAGREEMENTS:
+            raise self._unavailable(pending, pending.asked)
+        self._again(pending, pending.asked, reason, afresh=True)
+
+    def _again(self, pending: Pending, mask: int, reason: str, afresh: bool = False) -> None:
+        """Ask ``mask`` again; everybody when the live mask changed or ``afresh``, then old replies are void."""
+        self._stats.repeats[reason] += 1
+        pending.attempt += 1
+        if self._targets.live != pending.live:
+            pending.patience = self._deadline
+            afresh = True
+        if afresh:
+            self._aim(pending)
+            mask = pending.asked
+        elif reason == "deadline":
+            self._set_deadline(pending)
+        self._hello(self._targets.peers(mask))
+        frame = self.stage(pending.rows)
+        frame.rows.copy_(pending.kept[: pending.rows])
+        self._send(pending, mask, frame)
+
+    def _aim(self, pending: Pending) -> None:
+        """Point the exchange at the instances that are live now; nobody has answered yet."""
+        pending.forget_replies()
+        pending.live = self._targets.live
+        pending.asked = pending.missing = self._targets.asked(pending.layer)
+        pending.floor = pending.attempt
+        pending.refused, pending.retry_at = 0, math.inf
+        self._set_deadline(pending)
+
+    def _set_deadline(self, pending: Pending) -> None:
+        pending.deadline = min(time.monotonic() + pending.patience, pending.give_up)
+
+    def _suspect(self, mask: int) -> None:
+        self._stats.suspected.update(self._targets.names(mask))
+        self._targets.suspect(mask)
+
+    def _unavailable(self, pending: Pending, mask: int) -> ExchangeUnavailable:
+        return ExchangeUnavailable(pending.layer, self._targets.names(mask), pending.problem)
+
+    # ---- frames -----------------------------------------------------------------------------------------
+
+    def _send(self, pending: Pending, mask: int, frame: Staged) -> None:
+        placement = self._targets.placement
+        assert placement is not None  # nobody is asked without one
+        header = Header(
+            FrameKind.DISPATCH, self._mesh, self._incarnation, pending.sequence, pending.attempt,
+            placement.epoch, self._incarnation, placement.version, pending.live, pending.layer,
+        )  # fmt: skip
+        peers = self._targets.peers(mask)
+        self._stats.bytes_sent += len(peers) * frame.rows.nbytes
+        self._transport.send(peers, header, frame)
+
+    def _hello(self, peers: Sequence[Peer]) -> None:
+        """Tell experts where to reply: they may be new, have restarted, or have lost the first one."""
+        address = self._transport.address
+        frame = self._transport.outgoing(len(address), 0, 0, DTYPES[0])
+        frame.meta[:] = memoryview(address)
+        self._transport.send(peers, Header(FrameKind.HELLO, self._mesh, self._incarnation, 0), frame)
+
+    def _probe(self) -> None:
+        """Ask suspects for the parts of no rows: one that answers is trusted, even while NATS is away."""
+        suspects, now = self._targets.suspects(), time.monotonic()
+        if not suspects or now < self._probe_at:
+            return
+        self._probe_at = now + self._deadline
+        self._hello(self._targets.peers(suspects))
+        layer = next(iter(self._targets.homes))
+        self._send(Pending(layer, 0, 0, torch.empty(0), now, 0.0, 0.0, self._targets.live), suspects, self.stage(0))
+
+    def _receive(self, timeout: float, busy: bool = True) -> bool:
+        incoming = self._transport.receive(max(timeout, 0.0), busy)
+        if incoming is None:
+            return False
+        self._inbox.take(incoming)
+        return True
+
+    # ---- memory -----------------------------------------------------------------------------------------
+
+    def _keep(self, rows: Tensor) -> Tensor:
+        """A copy for repeats: a buffer that was sent belongs to the transport."""
+        kept = self._spare.pop() if self._spare else rows.new_empty(0, self._hidden)
+        if len(kept) < len(rows):
+            kept = rows.new_empty(1 << (len(rows) - 1).bit_length(), self._hidden)
+        kept[: len(rows)].copy_(rows)
+        return kept
+
+    def _close(self, pending: Pending) -> None:
+        pending.forget_replies()
+        if self._inbox.open.pop(pending.sequence, None) is not None:
+            self._spare.append(pending.kept)

@@ -1,0 +1,158 @@
+"""Open exchanges and the sorting of frames that arrive for them: kept where they are awaited, else dropped and counted.
+
+Knows no time-outs and sends nothing; mesh_exchange.py decides what follows from a reply that is missing.
+"""
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from services.attention.replies import PART_BYTES
+from services.attention.targets import Targets
+from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Refusal
+
+LONGEST_PAUSE_S = 0.1
+
+
+@dataclass
+class ExchangeStats:
+    """Counters since the start; seconds, and bytes of rows and meta."""
+
+    exchanges: int = 0
+    unavailable: int = 0
+    waited: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    repeats: Counter[str] = field(default_factory=Counter)
+    """By reason: deadline, connection, digest, parts, refusal."""
+    refusals: Counter[str] = field(default_factory=Counter)
+    """By name of the refusal."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Replies thrown away: late, duplicate, foreign, malformed."""
+    suspected: Counter[str] = field(default_factory=Counter)
+    """Suspicions by instance id."""
+
+    def copy(self) -> "ExchangeStats":
+        return replace(
+            self,
+            repeats=self.repeats.copy(),
+            refusals=self.refusals.copy(),
+            dropped=self.dropped.copy(),
+            suspected=self.suspected.copy(),
+        )
+
+
+@dataclass(slots=True)
+class Pending:
+    """One exchange between dispatch and the end of combine. Masks are bits of the placement."""
+
+    layer: int
+    sequence: int
+    rows: int
+    kept: Tensor
+    """The rows, for repeats; at least [rows, hidden]."""
+    give_up: float
+    """Monotonic time after which nothing is repeated."""
+    patience: float
+    """Seconds until the next deadline."""
+    pause: float
+    """Seconds before a refused dispatch is repeated."""
+    live: int = 0
+    asked: int = 0
+    missing: int = 0
+    """Those of ``asked`` that have not answered."""
+    deadline: float = 0.0
+    attempt: int = 0
+    floor: int = 0
+    """Replies to attempts floor..attempt are wanted: all were asked with the same live mask."""
+    retry_at: float = math.inf
+    refused: int = 0
+    refused_before: int = 0
+    problem: str = ""
+    """What went wrong last, for a person."""
+    fatal: bool = False
+    """Refused for good: a repeat cannot help."""
+    disagreements: int = 0
+    replies: dict[int, Incoming] = field(default_factory=dict)
+    """By bit."""
+
+    def forget_replies(self) -> None:
+        for reply in self.replies.values():
+            reply.release()
+        self.replies.clear()
+
+
+class Inbox:
+    """Frames find their exchange here.
+
+    Args:
+        mesh: hash of mesh name and model digest.
+        hidden: columns of a reply's rows.
+    """
+
+    def __init__(self, targets: Targets, stats: ExchangeStats, mesh: int, hidden: int) -> None:
+        self.open: dict[int, Pending] = {}
+        """By sequence."""
+        self._targets = targets
+        self._stats = stats
+        self._mesh = mesh
+        self._hidden = hidden
+
+    def take(self, incoming: Incoming) -> None:
+        """Keep the frame as a reply, note it as a refusal, or drop and count it."""
+        reason = self._sort(incoming)
+        if reason:
+            self._stats.dropped[reason] += 1
+            incoming.release()
+
+    def _sort(self, incoming: Incoming) -> str:
+        """The reason to drop a frame, "" when it was taken."""
+        header = incoming.header
+        bit = self._targets.bit(header.sender)
+        if header.mesh != self._mesh or not bit:
+            return "foreign"
+        pending = self.open.get(header.sequence)
+        if header.kind == FrameKind.REFUSAL:
+            return self._refusal(pending, bit, incoming)
+        if not self._well_formed(header):
+            return "malformed"
+        self._targets.trust(header.sender)
+        if pending is None or not pending.floor <= header.attempt <= pending.attempt:
+            return "late"
+        if not pending.missing & bit:
+            return "duplicate"
+        pending.missing &= ~bit
+        pending.replies[bit] = incoming
+        self._stats.bytes_received += header.row_bytes + header.meta_bytes
+        return ""
+
+    def _refusal(self, pending: Pending | None, bit: int, incoming: Incoming) -> str:
+        if pending is None or incoming.header.attempt != pending.attempt:
+            return "late"
+        if not pending.missing & bit & ~pending.refused:
+            return "duplicate"
+        try:
+            code = Refusal(int(incoming.meta[0]))
+        except (IndexError, ValueError):
+            return "malformed"
+        self._stats.refusals[code.name.lower()] += 1
+        text = bytes(incoming.meta[1:]).decode(errors="replace")
+        incoming.release()
+        pending.problem = f"{code.name.lower()}: {text}"
+        pending.fatal = pending.fatal or code is Refusal.BAD_REQUEST
+        pending.refused |= bit
+        pending.retry_at = min(pending.retry_at, time.monotonic() + pending.pause)
+        pending.pause = min(2 * pending.pause, LONGEST_PAUSE_S)
+        return ""
+
+    def _well_formed(self, header: Header) -> bool:
+        return (
+            header.kind == FrameKind.COMBINE
+            and header.columns == self._hidden
+            and DTYPES[header.dtype] is torch.float32
+            and header.meta_bytes == header.rows * PART_BYTES
+        )
