@@ -59,8 +59,8 @@ class Faults:
         longest: float = 0.02,
     ) -> None:
         self._seed = seed
-        self._rates: dict[int, Rates] = {**(rates or {})}
-        self._schedule: dict[tuple[int, int], Fault] = {**(schedule or {})}
+        self._rates: dict[int, Rates] = {**rates} if rates else {}
+        self._schedule: dict[tuple[int, int], Fault] = {**schedule} if schedule else {}
         self._longest = longest
         self._streams: dict[tuple[str, int], Random] = {}
         self._seen: Counter[tuple[str, int]] = Counter()
