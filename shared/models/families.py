@@ -1,4 +1,4 @@
-"""config.json -> ModelSpec. A family is data: how its checkpoints name tensors and config keys, and what they leave out.
+"""config.json -> ModelSpec. A family is data: how its checkpoints name tensors and config keys, what they leave out.
 
 Understands what hub checkpoints carry (transformers 4: ``num_experts``, ``rope_theta``, ``rope_scaling``) and what
 ``save_pretrained`` of transformers 5 writes (``num_local_experts``, ``rope_parameters``). Reads no files.
@@ -120,9 +120,11 @@ class _Settings:
         return float(value)
 
     def counts(self, key: str) -> tuple[int, ...]:
-        """A list of ids; one bare id counts as a list."""
+        """A list of ids; one bare id counts as a list, null as an empty one."""
         value = self.get(key)
-        ids = [value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else [None]
+        if value is None:
+            return ()
+        ids = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise self.error(key, value, "an id or a list of ids")
         return tuple(ids)
@@ -216,7 +218,7 @@ def _rope(c: _Settings, head_dim: int) -> RopeSpec:
 
 def _layers(c: _Settings, attention: AttentionSpec) -> tuple[LayerSpec, ...]:
     """A layer has experts unless it is listed as dense or falls between the sparse steps."""
-    dense, step = (c.counts("mlp_only_layers") if c.get("mlp_only_layers") else ()), c.count("decoder_sparse_step")
+    dense, step = c.counts("mlp_only_layers"), c.count("decoder_sparse_step")
     layers = tuple(
         LayerSpec(index=i, moe=i not in dense and (i + 1) % step == 0, attention=attention)
         for i in range(c.count("num_hidden_layers"))
@@ -237,6 +239,6 @@ def _activation(c: _Settings) -> str:
 def _eos_ids(c: _Settings, generation: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids: generation_config.json is more specific than config.json."""
     for settings in (_Settings(c.where, generation), c):
-        if settings.get("eos_token_id") is not None:
-            return settings.counts("eos_token_id")
+        if ids := settings.counts("eos_token_id"):
+            return ids
     return ()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 
 from shared.errors import ModelError
 
@@ -120,11 +120,11 @@ def _parse_header(path: Path) -> tuple[int, dict[str, _Entry]]:
             if size < 8 or length > size - 8:
                 raise ModelError(str(path), f"is truncated or not a safetensors file ({size} bytes)")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return size - 8 - length, _ENTRIES.validate_python(header)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return size - 8 - length, _ENTRIES.validate_python(entries)
     except FileNotFoundError as error:
         raise ModelError(str(path), "is missing") from error
     except OSError as error:
         raise ModelError(str(path), f"cannot be read: {error.strerror}") from error
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(str(path), "is not a safetensors file: its header is damaged") from error

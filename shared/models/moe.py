@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from shared.kernels.base import Kernels
+from shared.errors import ModelError
+from shared.kernels.base import ExpertTable, Kernels
 from shared.models.layout import expert_roles
 from shared.models.loader import Checkpoint
 
@@ -21,23 +22,21 @@ class MoeLayer:
         self._checkpoint, self._kernels, self._device, self._dtype = checkpoint, kernels, device, dtype
         self._router = checkpoint.load("router", layer, 0, device, dtype)
         self._experts: dict[int, list[Tensor]] = {}
-        self._table = kernels.expert_table({})
+        self._table: ExpertTable | None = None
 
     @property
     def resident(self) -> frozenset[int]:
-        return self._table.resident
+        return self._table.resident if self._table else frozenset()
 
     def load(self, experts: Iterable[int]) -> None:
-        """Make these experts resident beside those that already are. Raises ModelError for an expert that is not there."""
+        """Make these experts resident, beside those that are already. Raises ModelError for an unknown id."""
         new = [e for e in sorted(set(experts)) if e not in self._experts]
-        self._experts = self._experts | {e: self._weights(e) for e in new}
-        self._table = self._kernels.expert_table(dict(self._experts))
+        self._swap(self._experts | {e: self._weights(e) for e in new})
 
     def unload(self, experts: Iterable[int]) -> None:
         """Let go of these experts; those that are not resident are ignored."""
         gone = set(experts)
-        self._experts = {e: w for e, w in self._experts.items() if e not in gone}
-        self._table = self._kernels.expert_table(dict(self._experts))
+        self._swap({e: w for e, w in self._experts.items() if e not in gone})
 
     def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k])."""
@@ -45,7 +44,14 @@ class MoeLayer:
 
     def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, out: Tensor) -> None:
         """out fp32 [P, H] = expert ids[p] of row tokens[p] of rows [T, H]; int32, ``ids`` ascending and resident."""
-        self._kernels.experts(rows, self._table, tokens, ids, self.spec.activation, out)
+        table = self._table
+        if table is None:
+            raise ModelError(f"layer {self.layer}", "no expert is resident")
+        self._kernels.experts(rows, table, tokens, ids, self.spec.activation, out)
+
+    def _swap(self, experts: dict[int, list[Tensor]]) -> None:
+        self._experts = experts
+        self._table = self._kernels.expert_table(dict(experts)) if experts else None
 
     def _weights(self, expert: int) -> list[Tensor]:
         roles = expert_roles(self.spec)
