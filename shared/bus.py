@@ -156,7 +156,7 @@ class Bus:
         """Call ``handler`` for every message; returns a function that ends the subscription.
 
         At most ``limit`` handlers run at once, as tasks; more messages wait. What a handler returns is the reply;
-        Refused becomes a Decision. With ``ordered``, ``handler`` is a plain function, called in line; it must not block.
+        Refused becomes a Decision. With ``ordered``, ``handler`` is a plain function, called in line: no blocking.
         A malformed message is counted and, when somebody waits for a reply, refused as "invalid".
         """
         slots = asyncio.Semaphore(limit)

@@ -98,15 +98,22 @@ class Members:
         before = self._members.get(heartbeat.id)
         newcomer = before is None or before.heartbeat.incarnation != heartbeat.incarnation
         if heartbeat.state is State.GONE:
-            past.add(heartbeat.incarnation)
-            if not newcomer:
-                del self._members[heartbeat.id]
-                self._changed()
+            self._leave(heartbeat, current=not newcomer)
             return
         if before is not None and newcomer:
             past.add(before.heartbeat.incarnation)
         self._members[heartbeat.id] = Member(heartbeat, self._clock())
         if before is None or before.suspect or _said(before.heartbeat) != _said(heartbeat):
+            self._changed()
+
+    def _leave(self, heartbeat: Heartbeat, current: bool) -> None:
+        """An incarnation said GONE. One that it had replaced may come back: a second start with its id was refused."""
+        past = self._past[heartbeat.id]
+        if current:
+            del self._members[heartbeat.id]
+            past.clear()
+        past.add(heartbeat.incarnation)
+        if current:
             self._changed()
 
     def connection(self, connected: bool) -> None:
