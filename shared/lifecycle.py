@@ -5,6 +5,7 @@ between ``ready`` and ``until_stopped`` is its own.
 """
 
 import asyncio
+import logging
 import os
 import re
 import secrets
@@ -29,6 +30,7 @@ CONNECT_LIMIT_S = 30.0
 HELLO_WAIT_S = 0.3
 """How long a newcomer listens before it speaks: long enough for the others to answer its Hello."""
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 Facts = Callable[[], Mapping[str, Any]]
 
 
@@ -226,11 +228,17 @@ class Instance:
             self._fail(error)
 
 
-def run(service: Coroutine[Any, Any, None]) -> int:
+def run(service: Coroutine[Any, Any, None], config: MeshConfig) -> int:
     """Run a service to its end; what ``main`` of every service returns. Errors become one line on stderr and status 1.
 
+    Also sets up logging: one line per record on stderr.
     After a failure the process ends at once: threads that still load or compute have nothing left to say.
     """
+    level = config.log_level.upper()
+    if level not in LOG_LEVELS:
+        service.close()
+        raise ConfigError("--log-level", f"{config.log_level!r} is not one of {', '.join(LOG_LEVELS).lower()}")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     runner = asyncio.Runner()
     try:
         runner.run(service)
