@@ -239,7 +239,9 @@ class TokenDelta(Message):
     error: Decision | None = None
     """Set when ``finish`` is "error"."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Sent once, with position 0."""
+    """Sent once, with position 0; long ones in several deltas, those before the last without tokens."""
+    prompt_start: Count = 0
+    """Prompt position of the first of ``prompt_logprobs``."""
 
 
 class Tokens(Message):

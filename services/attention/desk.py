@@ -1,0 +1,65 @@
+"""Admission, answered at once in the thread that receives requests, while the compute thread is inside a step.
+
+Covers who is let in and which request ids are known; the queue itself is in batching.py.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Iterable
+
+from services.attention.batching import Limits, refusal
+from services.attention.stats import EngineStats
+from shared.messages import Decision, Submit
+
+ACCEPTED = Decision(ok=True)
+NO_EXPERTS_GRACE_S = 5.0
+"""A home that is lost for so long keeps nobody out: its requests wait for the next one."""
+
+
+class Desk:
+    """Thread-safe. An id is known from its admission until the engine forgets it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
+        self._handed_over = 0
+        self.draining = False
+        self.refused: Counter[str] = Counter()
+        """Refusals by code."""
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._known
+
+    def admit(self, request: Submit, stats: EngineStats, now: float) -> tuple[Decision, bool]:
+        """The decision, and whether the request is new: a repeat of a known one is accepted and changes nothing."""
+        with self._lock:
+            if request.request_id in self._known:
+                return ACCEPTED, False
+            refused = self._closed(stats, now) or refusal(request, self._limits)
+            if refused is None:
+                self._known.add(request.request_id)
+                self._handed_over += 1
+                return ACCEPTED, True
+            self.refused[refused.code or "internal"] += 1
+            return refused, False
+
+    def taken(self, count: int) -> None:
+        """``count`` admitted requests are in the engine's own queue, and in its stats, by now."""
+        with self._lock:
+            self._handed_over -= count
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        with self._lock:
+            self._known.difference_update(request_ids)
+
+    def _closed(self, stats: EngineStats, now: float) -> Decision | None:
+        """Why nobody at all is let in right now."""
+        if self.draining:
+            return Decision(ok=False, code="draining", message="this instance is stopping")
+        if stats.ready_at is None or now - stats.ready_at > NO_EXPERTS_GRACE_S:
+            return Decision(ok=False, code="no_experts", message="some experts have no live home")
+        waiting = stats.waiting + self._handed_over
+        if waiting >= self._limits.max_waiting:
+            return Decision(ok=False, code="full", message=f"{waiting} requests are waiting already")
+        return None

@@ -1,0 +1,70 @@
+"""What the compute thread tells the rest of the process: one immutable snapshot after every turn.
+
+Covers the numbers only; heartbeats are made in server.py, the text of /metrics in shared/telemetry.py.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from services.attention.batching import Limits
+from shared.messages import AttentionFacts
+from shared.metrics import Buckets, Sample, sample
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of this moment and counters since the start."""
+
+    waiting: int = 0
+    running: int = 0
+    outstanding_tokens: int = 0
+    kv_blocks_used: int = 0
+    placement: int = 0
+    """Version in use; 0 while there is none."""
+    ready_at: float | None = None
+    """Monotonic time when every expert was last known to have a home that answers; None: never yet."""
+    stalled: bool = False
+    """Requests wait because experts do not answer."""
+    unacknowledged: int = 0
+    """Requests whose output a gateway has not acknowledged to the end."""
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Rows computed in prefill, repeats after a preemption included."""
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    """By finish reason; errors as their code."""
+
+
+def facts(stats: EngineStats, limits: Limits) -> AttentionFacts:
+    """The heartbeat's part about this instance."""
+    return AttentionFacts(
+        max_model_len=limits.max_model_len,
+        kv_blocks=limits.kv_blocks,
+        block_size=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        placement=stats.placement,
+        waiting=stats.waiting,
+        running=stats.running,
+        outstanding_tokens=stats.outstanding_tokens,
+        kv_blocks_used=stats.kv_blocks_used,
+        stalled=stats.stalled,
+    )
+
+
+def samples(stats: EngineStats, limits: Limits, step_seconds: Buckets, refused: Mapping[str, int]) -> Iterator[Sample]:
+    """Everything for /metrics but the exchange."""
+    yield sample("running", stats.running)
+    yield sample("waiting", stats.waiting)
+    yield sample("kv_blocks", limits.kv_blocks)
+    yield sample("kv_blocks_used", stats.kv_blocks_used)
+    yield sample("placement_version", stats.placement)
+    yield sample("steps", stats.steps)
+    yield sample("step_seconds", step_seconds)
+    yield sample("prompt_tokens", stats.prompt_tokens)
+    yield sample("generated_tokens", stats.generated_tokens)
+    yield sample("preemptions", stats.preemptions)
+    for outcome, count in stats.finished.items():
+        yield sample("requests", count, outcome=outcome)
+    for code, count in refused.items():
+        yield sample("refused", count, code=code)

@@ -1,0 +1,80 @@
+"""One step through the model: rows of many sequences become tensors, then hidden states, then logits.
+
+Knows tensors, the decoder and the exchange; what runs is decided in batching.py, what comes out is used in engine.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.attention.batching import Chunk
+from services.attention.exchange import Exchange
+from shared.models.decoder import Decoder, KvCache, StepInput
+
+PROMPT_LOGIT_ROWS = 64
+"""Most rows of logits that are made at once for prompt log-probabilities: bounds the memory."""
+
+
+def build_step(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> StepInput:
+    """All rows of ``chunks``, in order; logits are wanted for the last row of each complete chunk."""
+    starts = np.array([chunk.start for chunk in chunks])
+    counts = np.array([chunk.count for chunk in chunks])
+    ends = np.cumsum(counts)
+    sequence = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
+    positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+    tables = _tables(chunks)
+    slots = tables[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    tokens = np.concatenate([chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] for chunk in chunks])
+    last = (ends - 1)[[chunk.complete for chunk in chunks]].astype(np.int64)
+    arrays = (tokens.astype(np.int64), positions.astype(np.int32), slots, sequence, tables, last)
+    return StepInput(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def _tables(chunks: Sequence[Chunk]) -> np.ndarray:
+    """int32 [sequences, most blocks of any of them]; shorter rows end in zeros, which nothing reads."""
+    ids = [chunk.sequence.table.ids for chunk in chunks]
+    tables = np.zeros((len(ids), max(map(len, ids))), dtype=np.int32)
+    for row, blocks in zip(tables, ids, strict=True):
+        row[: len(blocks)] = blocks
+    return tables
+
+
+class ModelRunner:
+    """The decoder, its cache and the experts behind the exchange."""
+
+    def __init__(self, decoder: Decoder, cache: KvCache, exchange: Exchange, block_size: int) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._exchange = exchange
+        self._block_size = block_size
+
+    def forward(self, chunks: Sequence[Chunk]) -> tuple[StepInput, Tensor]:
+        """The step and its residual stream [T, H] after the last layer.
+
+        Raises ExchangeUnavailable. The cache then holds the rows of some layers; a repeat writes the same again.
+        """
+        step = build_step(chunks, self._block_size, self._decoder.device)
+        x = self._decoder.embed(step)
+        for layer in self._decoder.spec.layers:
+            if layer.moe:
+                staged = self._exchange.stage(len(x))
+                self._decoder.attend(layer.index, x, step, self._cache, staged.rows)
+                self._exchange.combine(self._exchange.dispatch(layer.index, staged), x)
+            else:
+                rows = torch.empty_like(x)
+                self._decoder.attend(layer.index, x, step, self._cache, rows)
+                self._decoder.dense(layer.index, rows, x)
+        return step, x
+
+    def logits(self, step: StepInput, x: Tensor) -> np.ndarray:
+        """fp32 [R, vocab] for the wanted rows, in host memory."""
+        return self._decoder.logits(x, step).cpu().numpy()
+
+    def logits_of(self, step: StepInput, x: Tensor, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Logits of ``rows`` (int64, of x), some at a time: (index of the first, fp32 [some, vocab])."""
+        for first in range(0, len(rows), PROMPT_LOGIT_ROWS):
+            part = torch.from_numpy(rows[first : first + PROMPT_LOGIT_ROWS]).to(x.device)
+            yield first, self.logits(replace(step, logit_rows=part), x)
