@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from shared.messages import Placement
+from shared.telemetry import NO_TRACE
 from shared.transport.base import Outgoing
 
 
@@ -60,8 +61,11 @@ class Exchange(Protocol):
         """A send buffer for ``rows`` rows; valid until it is dispatched."""
         ...
 
-    def dispatch(self, layer: int, staged: Staged) -> Handle:
-        """Send the rows to the experts of ``layer`` (checkpoint index). Raises ExchangeUnavailable."""
+    def dispatch(self, layer: int, staged: Staged, trace: tuple[bytes, bytes] = NO_TRACE) -> Handle:
+        """Send the rows to the experts of ``layer`` (checkpoint index). Raises ExchangeUnavailable.
+
+        ``trace``: see ``Telemetry.frame``; experts record a span for a frame that carries one.
+        """
         ...
 
     def combine(self, handle: Handle, x: Tensor) -> None:
@@ -72,7 +76,7 @@ class Exchange(Protocol):
         ...
 
     def idle_wait(self, timeout: float) -> None:
-        """Nothing to do: drive the transport, drop stale frames, return after ``timeout`` seconds or ``wake``."""
+        """Nothing to do, or not ready: drop stale frames and probe suspects, until ``timeout`` (s) or ``wake``."""
         ...
 
     def wake(self) -> None:

@@ -17,6 +17,7 @@ from services.attention.replies import Arrangement
 from services.attention.targets import Targets
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
+from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Peer, Transport
 
 MAX_DISAGREEMENTS = 3
@@ -92,7 +93,7 @@ class MeshExchange:
     def stage(self, rows: int) -> Staged:
         return self._transport.outgoing(0, rows, self._hidden, self._dtype)
 
-    def dispatch(self, layer: int, staged: Staged) -> Pending:
+    def dispatch(self, layer: int, staged: Staged, trace: tuple[bytes, bytes] = NO_TRACE) -> Pending:
         if not self._targets.asked(layer):
             self._stats.unavailable += 1
             raise ExchangeUnavailable(layer, self._targets.absent(), "some experts have no home to ask")
@@ -100,6 +101,7 @@ class MeshExchange:
         kept = self._keep(staged.rows)
         give_up = time.monotonic() + self._give_up
         pending = Pending(layer, self._sequence, len(staged.rows), kept, give_up, self._deadline, self._pause)
+        pending.trace = trace
         self._inbox.open[pending.sequence] = pending
         self._aim(pending)
         self._send(pending, pending.asked, staged)
@@ -232,6 +234,7 @@ class MeshExchange:
         header = Header(
             FrameKind.DISPATCH, self._mesh, self._incarnation, pending.sequence, pending.attempt,
             placement.epoch, self._incarnation, placement.version, pending.live, pending.layer,
+            trace_id=pending.trace[0], span_id=pending.trace[1],
         )  # fmt: skip
         peers = self._targets.peers(mask)
         self._stats.bytes_sent += len(peers) * frame.rows.nbytes

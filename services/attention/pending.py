@@ -13,6 +13,7 @@ from torch import Tensor
 
 from services.attention.replies import PART_BYTES
 from services.attention.targets import Targets
+from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Refusal
 
 LONGEST_PAUSE_S = 0.1
@@ -77,6 +78,7 @@ class Pending:
     fatal: bool = False
     """Refused for good: a repeat cannot help."""
     disagreements: int = 0
+    trace: tuple[bytes, bytes] = NO_TRACE
     replies: dict[int, Incoming] = field(default_factory=dict)
     """By bit."""
 

@@ -6,6 +6,7 @@ Sends nothing but connects; judges instances only by what the exchange reports a
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,15 +56,12 @@ class Targets:
         self._bits: dict[int, int] = {}  # incarnation -> bit in the placement
         self._masks: dict[int, int] = {}  # layer -> instances with any home there
         self._table = np.zeros(0, np.uint64)  # homes of all layers
+        self.placement: Placement | None = None
         self.homes: dict[int, NDArray[np.uint64]] = {}
         self.live = 0
         """Mask of the instances that take part in new attempts; 0 while some expert has no home."""
         self.failures: Counter[str] = Counter()
         """Addresses that could not be connected, by instance id."""
-
-    @property
-    def placement(self) -> Placement | None:
-        return self._view.placement
 
     def update(self, view: View) -> list[Peer]:
         """Connect newcomers, forget those that left, take the placement. Returns the new peers."""
@@ -79,7 +77,7 @@ class Targets:
         if view.placement is not self._view.placement:
             self._adopt(view.placement)
         self._view = view
-        self._bits = self._place(view)
+        self._bits = self._place(view.instances)
         self._refresh()
         return [peer for peer in new if peer is not None]
 
@@ -141,13 +139,18 @@ class Targets:
         return peer
 
     def _adopt(self, placement: Placement | None) -> None:
-        self.homes = layer_homes(placement) if placement else {}
+        try:
+            self.homes = layer_homes(placement) if placement else {}
+        except ValueError as error:
+            log.error("keeping the last placement: %s", error)
+            return
+        self.placement = placement
         self._masks = {layer: int(np.bitwise_or.reduce(homes)) for layer, homes in self.homes.items()}
         self._table = np.concatenate(list(self.homes.values())) if self.homes else np.zeros(0, np.uint64)
 
-    def _place(self, view: View) -> dict[int, int]:
-        ids = view.placement.instances if view.placement else ()
-        found = ((index, view.instances.get(name)) for index, name in enumerate(ids))
+    def _place(self, instances: Mapping[str, ExpertInstance]) -> dict[int, int]:
+        ids = self.placement.instances if self.placement else ()
+        found = ((index, instances.get(name)) for index, name in enumerate(ids))
         return {i.incarnation: 1 << index for index, i in found if i and i.incarnation in self._peers}
 
     def _refresh(self) -> None:

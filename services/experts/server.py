@@ -1,0 +1,250 @@
+"""The compute thread of an expert instance: frames in, parts out.
+
+Keeps no state between exchanges, so any of them may be repeated. Judges frames and answers or refuses them; which
+experts are resident is settled in store.py before a placement arrives here, arithmetic is in compute.py.
+"""
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from services.experts.compute import ExpertLayer, Plan, compute_parts, plan_parts
+from shared.activation import PARTS, NoLiveHome, layer_homes, write_parts
+from shared.errors import TransportError
+from shared.messages import Placement
+from shared.telemetry import NO_TRACE
+from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Refusal, Transport
+
+IDLE_S = 0.1
+BUSY_S = 1.0  # after a frame, receive sleeps in short slices for so long
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What this instance can answer."""
+
+    hidden: int
+    dtype: torch.dtype
+    max_rows: int
+    experts: int
+    """Routed experts per layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPlacement:
+    """A placement whose homes here are loaded, in the form that the compute thread wants."""
+
+    version: int
+    epoch: int
+    instance: int
+    """Our index in it; -1 when it does not name us."""
+    homes: Mapping[int, NDArray[np.uint64]]
+
+    @classmethod
+    def of(cls, placement: Placement, instance: str) -> "KnownPlacement":
+        ids = placement.instances
+        index = ids.index(instance) if instance in ids else -1
+        return cls(placement.version, placement.epoch, index, layer_homes(placement))
+
+
+@dataclass
+class ServerStats:
+    """Counters since the start, written by the compute thread and read by anyone."""
+
+    expert_tokens: NDArray[np.int64]
+    """[layers, experts]: parts computed here, layers in ascending order."""
+    frames: Counter[str] = field(default_factory=Counter)
+    """By kind."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Frames without an answer: foreign, unknown_sender, bad_hello, unexpected."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """By name of the refusal."""
+    parts: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    busy_s: float = 0.0
+
+
+class ExpertServer:
+    """Answers exchanges until ``stop``. Everything but ``run`` may be called from other threads.
+
+    Args:
+        layers: by checkpoint index.
+        mesh: hash of mesh name and model digest.
+        incarnation: of this process.
+        record: called after every traced exchange with (trace and span id, start ns, end ns, layer, parts).
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        layers: Mapping[int, ExpertLayer],
+        limits: ServerLimits,
+        *,
+        mesh: int,
+        incarnation: int,
+        record: Callable[[tuple[bytes, bytes], int, int, int, int], None] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._layers = layers
+        self._limits = limits
+        self._mesh, self._incarnation = mesh, incarnation
+        self._record = record
+        self._row_of = {layer: row for row, layer in enumerate(sorted(layers))}
+        self._placements: dict[tuple[int, int], KnownPlacement] = {}  # by (epoch, version)
+        self._peers: dict[int, tuple[bytes, Peer]] = {}  # by incarnation
+        self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._last_frame = 0.0
+        self.stats = ServerStats(np.zeros((len(layers), limits.experts), np.int64))
+
+    # ---- orders from other threads ----------------------------------------------------------------------
+
+    def adopt(self, placements: Iterable[KnownPlacement]) -> Future[None]:
+        """Answer exchanges of these placements only; done when no exchange of another one is being computed."""
+        table = {(known.epoch, known.version): known for known in placements}
+        return self._order(lambda: setattr(self, "_placements", table))
+
+    def detach(self, incarnations: Iterable[int]) -> Future[None]:
+        """Forget attention instances that are gone."""
+        gone = frozenset(incarnations)
+        return self._order(lambda: self._detach(gone))
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._transport.wake()
+
+    def _order(self, action: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        self._orders.put((action, done))
+        self._transport.wake()
+        return done
+
+    def _obey(self) -> None:
+        while not self._orders.empty():
+            action, done = self._orders.get()
+            action()
+            done.set_result(None)
+
+    def _detach(self, gone: frozenset[int]) -> None:
+        for incarnation in gone & self._peers.keys():
+            self._transport.disconnect(self._peers.pop(incarnation)[1])
+
+    # ---- the loop ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until ``stop``; the caller closes the transport."""
+        while not self._stopped.is_set():
+            self._obey()
+            busy = time.monotonic() - self._last_frame < BUSY_S
+            incoming = self._transport.receive(IDLE_S, busy)
+            if incoming is not None:
+                self._take(incoming)
+        self._obey()
+
+    def _take(self, incoming: Incoming) -> None:
+        header = incoming.header
+        self._last_frame = start = time.monotonic()
+        try:
+            if header.mesh != self._mesh:
+                self.stats.dropped["foreign"] += 1
+            elif header.kind == FrameKind.DISPATCH:
+                self._dispatch(incoming)
+            elif header.kind == FrameKind.HELLO:
+                self._hello(header.sender, incoming.meta.tobytes())
+            else:
+                self.stats.dropped["unexpected"] += 1
+        finally:
+            incoming.release()
+            self.stats.busy_s += time.monotonic() - start
+
+    def _hello(self, sender: int, address: bytes) -> None:
+        """Learn where to reply. The same address again changes nothing; another one replaces it."""
+        self.stats.frames["hello"] += 1
+        known = self._peers.get(sender)
+        if known and known[0] == address and known[1].alive:
+            return
+        try:
+            peer = self._transport.connect(address)
+        except TransportError:
+            self.stats.dropped["bad_hello"] += 1
+            return
+        if known:
+            self._transport.disconnect(known[1])
+        self._peers[sender] = (address, peer)
+
+    def _dispatch(self, incoming: Incoming) -> None:
+        header = incoming.header
+        self.stats.frames["dispatch"] += 1
+        known = self._peers.get(header.sender)
+        if known is None:  # its next attempt starts with a HELLO
+            self.stats.dropped["unknown_sender"] += 1
+            return
+        self.stats.bytes_received += header.row_bytes
+        problem = self._wrong_with(header)
+        placement = self._placements.get((header.epoch, header.placement))
+        if problem:
+            self._refuse(known[1], header, Refusal.BAD_REQUEST, problem)
+        elif placement is None:
+            text = f"placement {header.placement} is not loaded here"
+            self._refuse(known[1], header, Refusal.UNKNOWN_PLACEMENT, text)
+        else:
+            self._answer(known[1], incoming, placement)
+
+    def _wrong_with(self, header: Header) -> str:
+        """Why this model cannot answer the frame, whatever the placement; "" when it can."""
+        limits = self._limits
+        if header.layer not in self._layers:
+            return f"layer {header.layer} has no routed experts"
+        if header.columns != limits.hidden or DTYPES[header.dtype] is not limits.dtype:
+            return f"rows of {header.columns} {DTYPES[header.dtype]}, not {limits.hidden} {limits.dtype}"
+        if header.rows > limits.max_rows:
+            return f"{header.rows} rows, the limit here is {limits.max_rows} (--max-batched-tokens)"
+        return ""
+
+    def _answer(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
+        header, start = incoming.header, time.time_ns()
+        layer = self._layers[header.layer]
+        try:
+            homes = placement.homes[header.layer]
+            plan = plan_parts(layer, incoming.rows, homes, header.live, placement.instance)
+        except NoLiveHome as error:
+            self._refuse(peer, header, Refusal.NO_HOME, str(error))
+            return
+        parts = len(plan.tokens)
+        frame = self._transport.outgoing(parts * PARTS.itemsize, parts, self._limits.hidden, torch.float32)
+        compute_parts(layer, incoming.rows, plan, frame.rows)
+        write_parts(frame.meta, plan.tokens, plan.experts, plan.weights)
+        reply = self._reply(FrameKind.COMBINE, header)
+        reply.digest = plan.digest
+        self._transport.send([peer], reply, frame)
+        self._count(header.layer, plan, reply)
+        trace = header.trace_id, header.span_id
+        if self._record and trace != NO_TRACE:
+            self._record(trace, start, time.time_ns(), header.layer, parts)
+
+    def _refuse(self, peer: Peer, header: Header, code: Refusal, problem: str) -> None:
+        self.stats.refused[code.name.lower()] += 1
+        meta = bytes([code]) + problem.encode()
+        frame = self._transport.outgoing(len(meta), 0, 0, DTYPES[0])
+        frame.meta[:] = memoryview(meta)
+        self._transport.send([peer], self._reply(FrameKind.REFUSAL, header), frame)
+
+    def _reply(self, kind: FrameKind, asked: Header) -> Header:
+        return Header(
+            kind, self._mesh, self._incarnation, asked.sequence, asked.attempt, asked.epoch, asked.group,
+            asked.placement, asked.live, asked.layer, trace_id=asked.trace_id, span_id=asked.span_id,
+        )  # fmt: skip
+
+    def _count(self, layer: int, plan: Plan, reply: Header) -> None:
+        self.stats.parts += len(plan.tokens)
+        self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
+        self.stats.expert_tokens[self._row_of[layer]] += np.bincount(plan.experts, minlength=self._limits.experts)
