@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from shared.errors import ConfigError
 
@@ -40,7 +40,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 class HttpSide:
     """Context manager; ``url`` is known once entered. ``ready`` is asked from other threads, so it must only read."""
 
-    def __init__(self, host: str, port: int, ready: Callable[[], bool], registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, host: str, port: int, ready: Callable[[], bool], registry: CollectorRegistry) -> None:
         self.url = ""
         self._address = (host, port)
         self._ready = ready

@@ -25,6 +25,7 @@ from shared.errors import BusUnavailable, ConfigError, ModelError, MoemeshError
 from shared.http_side import HttpSide
 from shared.membership import HEARTBEAT_S, Member, Members
 from shared.messages import Heartbeat, Hello, Kind, ModelFacts, State
+from shared.telemetry import Telemetry
 
 CONNECT_LIMIT_S = 30.0
 HELLO_WAIT_S = 0.3
@@ -73,6 +74,10 @@ class Instance:
         self.state = State.STARTING
         self.members = Members(self.mesh, self.id)
         self.subjects = self.members.subjects
+        self.telemetry = Telemetry(
+            kind.value, self.id, self.mesh, endpoint=config.otlp_endpoint, trace_layers=config.trace_layers
+        )
+        """Traces, and the metrics that the HTTP side shows."""
         self.model: ModelFacts | None = None
         self._config = config
         self._signals = signals
@@ -100,7 +105,9 @@ class Instance:
                 self._loop.add_signal_handler(number, self._on_signal, number)
                 self._stack.callback(self._loop.remove_signal_handler, number)
         config = self._config
-        side = HttpSide(config.metrics_host, config.metrics_port, lambda: self.state is State.READY)
+        self._stack.push_async_callback(asyncio.to_thread, self.telemetry.shutdown)
+        registry = self.telemetry.registry
+        side = HttpSide(config.metrics_host, config.metrics_port, lambda: self.state is State.READY, registry)
         self.url = self._stack.enter_context(side).url
         self.bus = await Bus.connect(config.nats, self.id, CONNECT_LIMIT_S)
         self._stack.push_async_callback(self.bus.close)
@@ -130,15 +137,15 @@ class Instance:
     # ---- what a service calls -----------------------------------------------------------------------------
 
     async def say(self, detail: str) -> None:
-        """One line for a person about what is going on, e.g. loading progress."""
+        """One line for a person about what goes on, e.g. loading progress."""
         self._detail = detail
-        await self._beat()
+        await self.announce()
 
     async def join(self, model: ModelFacts) -> None:
         """Announce the model that is served here. Raises ModelError when the mesh serves another one."""
         self.model = model
         self._check_model()
-        await self._beat()
+        await self.announce()
 
     async def ready(self, facts: Facts) -> None:
         """Become READY. ``facts()`` gives more Heartbeat fields (experts=..., url=...) and is asked at every heartbeat.
@@ -150,12 +157,16 @@ class Instance:
         self._detail = ""
         if self.state is State.STARTING:
             self.state = State.READY
-        await self._beat()
+        await self.announce()
+
+    async def announce(self) -> None:
+        """Send a heartbeat now, because the facts have changed."""
+        await self.bus.publish(self.subjects.heartbeat(self.kind, self.id), self.heartbeat())
 
     async def until_stopped(self) -> None:
         """Returns at SIGTERM, SIGINT or ``stop``; the state is DRAINING then."""
         await self._stopping.wait()
-        await self._beat()
+        await self.announce()
 
     def stop(self) -> None:
         """What a first SIGTERM does: DRAINING when READY; an instance that is still starting is cancelled."""
@@ -184,22 +195,19 @@ class Instance:
         identity = {"kind": self.kind, "id": self.id, "incarnation": self.incarnation, "node": self.node}
         return Heartbeat.model_validate({**fields, **self._facts(), **identity, "state": self.state})
 
-    async def _beat(self) -> None:
-        await self.bus.publish(self.subjects.heartbeat(self.kind, self.id), self.heartbeat())
-
     async def _keep_beating(self) -> None:
         while not self.bus.closed:
-            await self._beat()
+            await self.announce()
             await asyncio.sleep(HEARTBEAT_S)
         raise BusUnavailable(self._config.nats, "the NATS server refuses this client for good")
 
     async def _on_hello(self, hello: Hello) -> None:
-        await self._beat()
+        await self.announce()
 
     async def _say_goodbye(self) -> None:
         self.state = State.GONE
         self._facts = dict
-        await self._beat()
+        await self.announce()
 
     def _check_model(self) -> None:
         other = other_model(self.model, self.members.all()) if self.model else None
