@@ -1,6 +1,6 @@
 """Who leads: one scheduler at a time, by a key that expires.
 
-The lease is a key in a bucket whose time to live counts from the last write: creating the key takes the lease, rewriting
+The lease is a key in a bucket whose time to live counts from the last write: creating the key takes it, rewriting
 it by revision renews it, silence ends it. Every leadership has an epoch of its own, one higher than the last. A leader
 that was paused may still believe in its lease; its writes then fail, because its successor has rewritten the placement.
 """

@@ -1,6 +1,6 @@
 """The loop that owns the placement: whenever the READY expert instances change, write the next version.
 
-Leads by lease (leader.py), decides by pure functions (placement.py), writes by compare-and-set. Never on the token path:
+Leads by lease (leader.py), decides by pure functions (placement.py), writes by compare-and-set. Not on the token path:
 when it dies, serving goes on with the last version, and another scheduler continues from the store.
 """
 
