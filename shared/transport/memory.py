@@ -141,8 +141,8 @@ class MemoryTransport:
     def send(self, peers: Sequence[Peer], header: Header, frame: Outgoing) -> None:
         assert isinstance(frame, Block)
         frame.seal(header)
-        data = frame.bytes[: frame.frame_bytes].tobytes()
-        frame.bytes[: frame.frame_bytes] = POISON
+        data = frame.bytes[: frame.message_bytes].tobytes()
+        frame.bytes[: frame.message_bytes] = POISON
         self._pool.give(frame)
         for peer in peers:
             assert isinstance(peer, MemoryPeer)
@@ -169,16 +169,15 @@ class MemoryTransport:
 
     def _next(self, deadline: float) -> bytes | None:
         """The bytes that are due first; waits for them, holding the condition."""
-        while not self._woken:
+        while True:
             now = time.monotonic()
-            ready = self._free and self._inbox
-            if ready and self._inbox[0][0] <= now:
+            due = self._inbox[0][0] if self._inbox and self._free else deadline
+            if due <= now and self._inbox and self._free:
                 return heapq.heappop(self._inbox)[2]
-            if now >= deadline:
+            if self._woken or now >= deadline:
+                self._woken = False
                 return None
-            self._changed.wait((min(self._inbox[0][0], deadline) if ready else deadline) - now)
-        self._woken = False
-        return None
+            self._changed.wait(min(due, deadline) - now)
 
     def _accept(self, data: bytes) -> Slot | None:
         if len(data) > self._max_frame_bytes:
@@ -188,16 +187,17 @@ class MemoryTransport:
         slot.bytes[: len(data)] = memoryview(data)
         slot.bytes[len(data) : len(data) + 128] = 0
         try:
-            slot.header = slot.open()
+            slot.header, _ = slot.open()
         except BadFrame:
             self.dropped["malformed"] += 1
             return None
+        slot.lay_out_as(slot.header)
         slot.held = True
         return self._free.pop()
 
     def recycle(self, slot: Slot) -> None:
         """Poison a released slot and use it again."""
-        slot.bytes[: slot.frame_bytes] = POISON
+        slot.bytes[: slot.message_bytes] = POISON
         self._free.append(slot)
 
     def wake(self) -> None:

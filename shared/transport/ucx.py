@@ -1,0 +1,273 @@
+"""Transport over UCX (``ucxx``, low-level tag API), driven by the thread that computes.
+
+Shared memory and CMA on one host, TCP or RDMA between hosts. A frame is one message; with device rows it is two,
+so that tensors travel by pointer. Receives are long-lived and never cancelled, since that loses messages.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shared.errors import BadFrame, TransportError
+from shared.transport.address import Address, memory_domain
+from shared.transport.base import Header, Incoming, Outgoing, Peer
+from shared.transport.buffers import ROWS_TAG_BYTES, Pool
+from shared.transport.ucx_frames import Fence, ReceiveSlot, SendBuffer, Ucx, UcxPeer, rows_tags
+
+POSTED_RECEIVES = 4
+BUSY_SLEEP_S = 0.001
+IDLE_SLEEP_S = 0.1
+CLOSING_ROUNDS = 20
+"""Turns of progress in which living peers learn that an endpoint is closed."""
+
+
+class UcxTransport:
+    """See ``Transport``.
+
+    Args:
+        max_frame_bytes: longest frame that is sent or accepted; memory is touched only as frames need it.
+        device: where rows live.
+        tls: UCX transports, e.g. ``tcp``; empty: UCX chooses.
+        receive_slots: most frames that may be held at once, plus one for each peer that died while sending.
+        spin_us: microseconds of polling before ``receive`` sleeps.
+        rows_apart: send rows as a message of their own; None: when the device is not a CPU.
+
+    Raises TransportError when UCX cannot start with these settings.
+    """
+
+    def __init__(
+        self,
+        max_frame_bytes: int,
+        device: torch.device | None = None,
+        tls: str = "",
+        receive_slots: int = 256,
+        spin_us: float = 100.0,
+        rows_apart: bool | None = None,
+    ) -> None:
+        self.dropped: dict[str, int] = {"malformed": 0, "too_long": 0, "broken": 0}
+        self._ucx = Ucx()
+        self._device = device or torch.device("cpu")
+        self._spin = spin_us * 1e-6
+        self._nap = BUSY_SLEEP_S
+        self._closed = False
+        self._start_worker(tls)
+        self._start_waiting()
+        self._rows_apart = self._device.type != "cpu" if rows_apart is None else rows_apart
+        self._rows_tags = rows_tags()
+        self._fence = Fence(self._device)
+        self._pool = Pool(self._new_buffer, max_frame_bytes)
+        self._peers: set[UcxPeer] = set()
+        self._sending: list[UcxPeer] = []
+        self._quarantine: list[UcxPeer] = []
+        self._slot_bytes = max_frame_bytes + ROWS_TAG_BYTES
+        self._slots_left = receive_slots
+        self._window = POSTED_RECEIVES
+        self._free: list[ReceiveSlot] = []
+        self._posted: deque[ReceiveSlot] = deque()
+        self._awaiting_rows: list[ReceiveSlot] = []
+        self._post_receives()
+
+    def _start_worker(self, tls: str) -> None:
+        api = self._ucx.api
+        features = (api.Feature.TAG, api.Feature.WAKEUP)
+        try:
+            self._context = api.UCXContext({"TLS": tls} if tls else {}, feature_flags=features)
+            self._worker: Any = api.UCXWorker(self._context, False, False)
+            self._worker.init_blocking_progress_mode()
+        except self._ucx.error as error:
+            raise TransportError(f"UCX cannot start with transports {tls or 'of its choice'}: {error}") from error
+        self._where = Address(self._worker.address.tobytes(), memory_domain(tls))
+        self.address: bytes = self._where.pack()
+
+    def _start_waiting(self) -> None:
+        self._wake_lock = threading.Lock()
+        self._woken = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = select.poll()
+        self._poller.register(self._worker.epoll_file_descriptor, select.POLLIN)
+        self._poller.register(self._wake_fd, select.POLLIN)
+
+    # ---- peers and sending ----------------------------------------------------------------------------------
+
+    def connect(self, address: bytes) -> Peer:
+        there = Address.unpack(address)
+        # Error handling rules shared memory out; without it a dead peer is noticed by deadlines alone.
+        error_handling = not self._where.shares_memory_with(there)
+        api = self._ucx.api
+        try:
+            worker_address = api.UCXAddress.create_from_buffer(there.worker)
+            endpoint = api.UCXEndpoint.create_from_worker_address(self._worker, worker_address, error_handling)
+        except self._ucx.error as error:
+            raise TransportError(f"UCX cannot reach that address: {error}") from error
+        peer = UcxPeer(self._ucx, endpoint)
+        self._peers.add(peer)
+        return peer
+
+    def disconnect(self, peer: Peer) -> None:
+        assert isinstance(peer, UcxPeer)
+        self._peers.discard(peer)
+        self._sending = [other for other in self._sending if other is not peer]
+        self._quarantine = [other for other in self._quarantine if other.advance()]
+        if peer.close():
+            self._quarantine.append(peer)
+
+    def outgoing(self, meta_bytes: int, rows: int, columns: int, dtype: torch.dtype) -> Outgoing:
+        return self._pool.take(meta_bytes, rows, columns, dtype)
+
+    def _new_buffer(self, capacity: int) -> SendBuffer:
+        buffer = SendBuffer(self._ucx, capacity, self._pool.give)
+        if self._rows_apart:
+            buffer.keep_rows(torch.empty(capacity, dtype=torch.uint8, device=self._device))
+        return buffer
+
+    def send(self, peers: Sequence[Peer], header: Header, frame: Outgoing) -> None:
+        assert isinstance(frame, SendBuffer)
+        frame.seal(header)
+        if self._rows_apart:
+            frame.rows_tag[0] = next(self._rows_tags)
+            self._fence.mark()
+            self._fence.wait()
+        frame.users = 1
+        for peer in peers:
+            assert isinstance(peer, UcxPeer)
+            peer.push(frame)
+            if peer.advance() and peer not in self._sending:
+                self._sending.append(peer)
+        frame.let_go()
+
+    # ---- receiving ------------------------------------------------------------------------------------------
+
+    def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
+        now = time.monotonic()
+        deadline, spin_until = now + timeout, now + self._spin
+        while True:
+            self._worker.progress()
+            if self._sending:
+                self._sending = [peer for peer in self._sending if peer.advance()]
+            frame = self._next_frame()
+            if frame is not None:
+                self._nap = BUSY_SLEEP_S
+                return frame
+            now = time.monotonic()
+            if self._woken or now >= deadline:
+                self._settle()
+                return None
+            if now < spin_until:
+                os.sched_yield()  # the peer may be waiting for this very core
+            else:
+                self._sleep(deadline - now, busy)
+
+    def _sleep(self, longest: float, busy: bool) -> None:
+        """Wait for UCX or ``wake``, bounded: a wakeup can be lost."""
+        self._replace_stuck_receives()
+        self._nap = BUSY_SLEEP_S if busy else min(self._nap * 2, IDLE_SLEEP_S)
+        if self._worker.arm():
+            ready = self._poller.poll(min(longest, self._nap) * 1e3)
+            self._woken |= any(fd == self._wake_fd for fd, _ in ready)
+
+    def _settle(self) -> None:
+        """Take notice of a ``wake``."""
+        if self._woken:
+            self._woken = False
+            self._nap = BUSY_SLEEP_S
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+
+    def wake(self) -> None:
+        with self._wake_lock:
+            if not self._closed:
+                self._woken = True
+                os.eventfd_write(self._wake_fd, 1)
+
+    def _next_frame(self) -> ReceiveSlot | None:
+        for slot in self._awaiting_rows:
+            if slot.request.completed:
+                self._awaiting_rows.remove(slot)
+                return self._deliver(slot)
+        for slot in tuple(self._posted):
+            if slot.request.completed:
+                self._posted.remove(slot)
+                frame = self._accept(slot)
+                self._post_receives()
+                if frame is not None:
+                    return frame
+        return None
+
+    def _accept(self, slot: ReceiveSlot) -> ReceiveSlot | None:
+        """Judge a finished receive: a frame to deliver, or None when it is dropped or its rows are still to come."""
+        try:
+            slot.request.check_error()
+            slot.header, apart = slot.open()
+        except self._ucx.api.UCXMessageTruncatedError:
+            return self._drop(slot, "too_long")
+        except self._ucx.error:
+            return self._drop(slot, "broken")
+        except BadFrame:
+            return self._drop(slot, "malformed")
+        if apart and slot.header.row_bytes:
+            slot.post_rows(self._worker)
+            self._awaiting_rows.append(slot)
+            return None
+        slot.show_rows()
+        return self._deliver(slot)
+
+    def _drop(self, slot: ReceiveSlot, reason: str) -> None:
+        self.dropped[reason] += 1
+        self._free.append(slot)
+
+    def _deliver(self, slot: ReceiveSlot) -> ReceiveSlot:
+        slot.held = True
+        return slot
+
+    def _recycle(self, slot: ReceiveSlot) -> None:
+        if not self._closed:
+            self._free.append(slot)
+            self._post_receives()
+
+    def _post_receives(self) -> None:
+        """Keep a few receives posted; while every slot is held, messages wait inside UCX."""
+        while len(self._posted) < self._window and (self._free or self._slots_left):
+            if not self._free:
+                self._slots_left -= 1
+                self._free.append(ReceiveSlot(self._ucx, self._slot_bytes, self._device, self._recycle))
+            slot = self._free.pop()
+            slot.post(self._worker)
+            self._posted.append(slot)
+
+    def _replace_stuck_receives(self) -> None:
+        """Post one more receive when a message waits although some are posted.
+
+        Those are matched with messages whose senders died halfway: UCX never completes them.
+        """
+        if len(self._posted) >= self._window:
+            ucx = self._ucx
+            if self._worker.tag_probe(ucx.frame_tag, ucx.exact).matched:
+                self._window += 1
+                self._post_receives()
+
+    # ---- the end --------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        with self._wake_lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self._wake_fd)
+        for peer in self._peers:
+            peer.close()
+        for _ in range(CLOSING_ROUNDS):
+            self._worker.progress()
+            os.sched_yield()
+        api = self._ucx.api
+        if self._worker.tag_probe(api.UCXXTag(0), api.UCXXTagMask(0)).matched:
+            # The worker's destructor would fetch that message, and wait for ever when its sender is dead.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._worker))
+        self._worker = None
