@@ -1,0 +1,104 @@
+"""Starts and stops the gateway: settings in, exit status out."""
+
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from services.gateway.app import build_app
+from services.gateway.gateway import Gateway
+from services.gateway.router import Router
+from services.gateway.served import served_model
+from shared.config import GatewayConfig
+from shared.errors import ConfigError
+from shared.http_side import ANY_ADDRESS
+from shared.lifecycle import Instance, run
+from shared.messages import Kind
+from shared.models.source import open_source
+from shared.telemetry import Telemetry
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+
+
+def main(config: GatewayConfig) -> int:
+    """Serve until SIGTERM; returns the exit status."""
+    return run(serve(config), config)
+
+
+async def serve(config: GatewayConfig) -> None:
+    """The whole life of a gateway. Raises ConfigError, ModelError and BusUnavailable before it is READY."""
+    async with Instance(Kind.GATEWAY, config) as instance:
+        await instance.say("reading the tokenizer")
+        source = open_source(config.model)
+        model = served_model(source, config.served_model_name)
+        await instance.join(source.facts())
+        telemetry = _telemetry(config, instance)
+        router = Router(instance.bus, instance.members, config.mesh, instance.id, model.digest)
+        await router.start()
+        gateway = Gateway(config, model, router, telemetry)
+        with _listening(config) as listener:
+            server = _server(build_app(gateway, config, instance.heartbeat().version), config)
+            serving = instance.spawn(server.serve([listener]), "http")
+            url = _url(config.host, listener)
+            await instance.ready(lambda: {"url": url})
+            await instance.until_stopped()
+            server.should_exit = True  # accepts nobody new, lets open requests finish for drain_s
+            await serving
+        await router.close()
+        telemetry.shutdown()
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to the Instance."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _server(app: ASGIApp, config: GatewayConfig) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(int(config.drain_s), 1),
+        )
+    )
+
+
+def _telemetry(config: GatewayConfig, instance: Instance) -> Telemetry:
+    return Telemetry(
+        Kind.GATEWAY.value,
+        instance.id,
+        config.mesh,
+        endpoint=config.otlp_endpoint,
+        ratio=config.trace_ratio,
+        trace_layers=config.trace_layers,
+    )
+
+
+@contextmanager
+def _listening(config: GatewayConfig) -> Generator[socket.socket, None, None]:
+    """A listening socket. Raises ConfigError when the address cannot be used."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+            listener.listen(BACKLOG)
+        except (OSError, OverflowError) as error:
+            raise ConfigError("--host, --port", f"cannot listen on {config.host}:{config.port}: {error}") from error
+        yield listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    name = socket.gethostname() if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"
