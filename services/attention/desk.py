@@ -23,7 +23,8 @@ class Desk:
         self._limits = limits
         self._lock = threading.Lock()
         self._known: set[str] = set()
-        self._handed_over = 0
+        self.on_the_way = 0
+        """Requests that are admitted but not yet in the engine's stats."""
         self.draining = False
         self.refused: Counter[str] = Counter()
         """Refusals by code."""
@@ -39,7 +40,7 @@ class Desk:
             refused = self._closed(stats, now) or refusal(request, self._limits)
             if refused is None:
                 self._known.add(request.request_id)
-                self._handed_over += 1
+                self.on_the_way += 1
                 return ACCEPTED, True
             self.refused[refused.code or "internal"] += 1
             return refused, False
@@ -47,7 +48,7 @@ class Desk:
     def taken(self, count: int) -> None:
         """``count`` admitted requests are in the engine's own queue, and in its stats, by now."""
         with self._lock:
-            self._handed_over -= count
+            self.on_the_way -= count
 
     def forget(self, request_ids: Iterable[str]) -> None:
         with self._lock:
@@ -57,9 +58,9 @@ class Desk:
         """Why nobody at all is let in right now."""
         if self.draining:
             return Decision(ok=False, code="draining", message="this instance is stopping")
-        if stats.ready_at is None or now - stats.ready_at > NO_EXPERTS_GRACE_S:
+        if stats.unready_since is not None and now - stats.unready_since > NO_EXPERTS_GRACE_S:
             return Decision(ok=False, code="no_experts", message="some experts have no live home")
-        waiting = stats.waiting + self._handed_over
+        waiting = stats.waiting + self.on_the_way
         if waiting >= self._limits.max_waiting:
             return Decision(ok=False, code="full", message=f"{waiting} requests are waiting already")
         return None

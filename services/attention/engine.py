@@ -18,11 +18,13 @@ from services.attention.exchange import Exchange, View
 from services.attention.prompt_logprobs import collect
 from services.attention.requests import NOT_A_NUMBER, Requests
 from services.attention.sampler import choose
+from services.attention.sequence import Trace
 from services.attention.stats import EngineStats
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
 from shared.messages import Ack, Decision, RefusalCode, Submit, TokenDelta
 from shared.metrics import Buckets
+from shared.telemetry import NO_TRACE
 
 IDLE_WAIT_S = 1.0
 STALLED_WAIT_S = 0.05
@@ -70,14 +72,19 @@ class Engine:
         self._retry_at = self._housekeeping_at = 0.0
         self._placement = self._steps = self._prompt_tokens = self._accepted = 0
 
+    @property
+    def open(self) -> int:
+        """Requests that are admitted and not finished."""
+        return self.desk.on_the_way + self.stats.waiting + self.stats.running
+
     # ---- any thread: put a command on the queue and wake the loop ---------------------------------------
 
-    def submit(self, request: Submit) -> Decision:
-        """Admit or refuse at once. Idempotent by request id."""
+    def submit(self, request: Submit, trace: Trace = NO_TRACE) -> Decision:
+        """Admit or refuse at once. Idempotent by request id. ``trace`` marks the request's first exchange."""
         now = self._clock()
         decision, new = self.desk.admit(request, self.stats, now)
         if new:
-            self._put(partial(self._accept, request, now))
+            self._put(partial(self._accept, request, now, trace))
         return decision
 
     def cancel(self, request_id: str) -> None:
@@ -138,9 +145,9 @@ class Engine:
             self._emit(gateway, deltas)
         return worked
 
-    def _accept(self, request: Submit, now: float) -> None:
+    def _accept(self, request: Submit, now: float, trace: Trace) -> None:
         self._accepted += 1
-        self._requests.accept(request, now)
+        self._requests.accept(request, now, trace)
 
     def _update(self, view: View) -> None:
         self._exchange.update(view)
@@ -161,7 +168,7 @@ class Engine:
             outstanding_tokens=sum(s.outstanding for s in self._requests.active.values()),
             kv_blocks_used=self._batcher.pool.used,
             placement=self._placement,
-            ready_at=self._clock() if self._exchange.ready() else self.stats.ready_at,
+            unready_since=self._unready_since(),
             stalled=self._stalled_since is not None and bool(self._requests.active),
             unacknowledged=self._requests.unacknowledged,
             steps=self._steps,
@@ -173,6 +180,12 @@ class Engine:
         if self._accepted:
             self.desk.taken(self._accepted)
             self._accepted = 0
+
+    def _unready_since(self) -> float | None:
+        if self._exchange.ready():
+            return None
+        before = self.stats.unready_since
+        return self._clock() if before is None else before
 
     # ---- a step -----------------------------------------------------------------------------------------
 

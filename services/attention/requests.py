@@ -10,7 +10,7 @@ from services.attention.batching import Batcher
 from services.attention.desk import Desk
 from services.attention.outbox import Outbox
 from services.attention.sampler import Choice
-from services.attention.sequence import Sequence
+from services.attention.sequence import Sequence, Trace
 from shared.messages import Ack, Decision, FinishReason, RefusalCode, Submit, TokenDelta
 
 NOT_A_NUMBER = "the model computed a value that is not a number"
@@ -41,9 +41,9 @@ class Requests:
 
     # ---- commands ---------------------------------------------------------------------------------------
 
-    def accept(self, request: Submit, now: float) -> None:
+    def accept(self, request: Submit, now: float, trace: Trace) -> None:
         """Queue an admitted request; ``now`` is when it was admitted."""
-        sequence = Sequence.from_submit(request, self._batcher.pool, now)
+        sequence = Sequence.from_submit(request, self._batcher.pool, now, trace)
         self.active[request.request_id] = sequence
         self._outbox.open(request.request_id, request.gateway, sequence.generated, sequence.deadline)
         ended = self._ended(sequence) if sequence.resumed else None
@@ -69,11 +69,10 @@ class Requests:
         self._desk.forget(self._outbox.acknowledge(ack))
 
     def drop_gateway(self, gateway: str) -> None:
-        """Forget everything of a gateway that is gone, and send it nothing."""
+        """Forget everything of a gateway that is gone."""
         for sequence in [s for s in self.active.values() if s.gateway == gateway]:
             self._finish(sequence, "cancelled")
         self._desk.forget(self._outbox.drop_gateway(gateway))
-        self._deltas.pop(gateway, None)
 
     # ---- results ----------------------------------------------------------------------------------------
 

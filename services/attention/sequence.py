@@ -9,8 +9,10 @@ import numpy as np
 
 from services.attention.kv_cache import BlockPool, BlockTable
 from shared.messages import FinishReason, SamplingParams, Submit, TokenLogprobs
+from shared.telemetry import NO_TRACE
 
 TOKEN_BYTES = "<i4"
+Trace = tuple[bytes, bytes]
 
 
 @dataclass(eq=False, slots=True)
@@ -30,12 +32,14 @@ class Sequence:
     deadline: float
     computed: int = 0
     """Tokens whose K and V are in the cache."""
+    trace: Trace = NO_TRACE
+    """Trace and span id of a request that is traced."""
     resumed: int = 0
     """Output tokens that were already delivered when the request came here."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @classmethod
-    def from_submit(cls, request: Submit, pool: BlockPool, now: float) -> "Sequence":
+    def from_submit(cls, request: Submit, pool: BlockPool, now: float, trace: Trace = NO_TRACE) -> "Sequence":
         """A sequence with nothing computed. The request must have passed ``batching.refusal``."""
         prompt = np.frombuffer(request.prompt, TOKEN_BYTES)
         output = np.frombuffer(request.output, TOKEN_BYTES)
@@ -45,7 +49,7 @@ class Sequence:
         tokens[:known] = np.concatenate([prompt, output])
         return cls(
             request.request_id, request.gateway, request.sampling, len(prompt), tokens, known,
-            BlockTable(pool, room), now, now + request.deadline_s, resumed=len(output),
+            BlockTable(pool, room), now, now + request.deadline_s, trace=trace, resumed=len(output),
         )  # fmt: skip
 
     @property

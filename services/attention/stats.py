@@ -3,10 +3,12 @@
 Covers the numbers only; heartbeats are made in server.py, the text of /metrics in shared/telemetry.py.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from services.attention.batching import Limits
+from services.attention.pending import ExchangeStats
 from shared.messages import AttentionFacts
 from shared.metrics import Buckets, Sample, sample
 
@@ -21,8 +23,8 @@ class EngineStats:
     kv_blocks_used: int = 0
     placement: int = 0
     """Version in use; 0 while there is none."""
-    ready_at: float | None = None
-    """Monotonic time when every expert was last known to have a home that answers; None: never yet."""
+    unready_since: float | None = -math.inf
+    """Monotonic time since when some expert has no home that answers; None: all have."""
     stalled: bool = False
     """Requests wait because experts do not answer."""
     unacknowledged: int = 0
@@ -68,3 +70,13 @@ def samples(stats: EngineStats, limits: Limits, step_seconds: Buckets, refused: 
         yield sample("requests", count, outcome=outcome)
     for code, count in refused.items():
         yield sample("refused", count, code=code)
+
+
+def exchange_samples(stats: ExchangeStats) -> Iterator[Sample]:
+    """The data plane as attention sees it."""
+    yield sample("exchange_bytes", stats.bytes_sent, direction="sent")
+    yield sample("exchange_bytes", stats.bytes_received, direction="received")
+    for reason, count in stats.repeats.items():
+        yield sample("exchange_repeats", count, reason=reason)
+    for reason, count in stats.dropped.items():
+        yield sample("frames_dropped", count, reason=reason)

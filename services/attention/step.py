@@ -12,7 +12,9 @@ from torch import Tensor
 
 from services.attention.batching import Chunk
 from services.attention.exchange import Exchange
+from services.attention.sequence import Trace
 from shared.models.decoder import Decoder, KvCache, StepInput
+from shared.telemetry import NO_TRACE
 
 PROMPT_LOGIT_ROWS = 64
 """Most rows of logits that are made at once for prompt log-probabilities: bounds the memory."""
@@ -45,11 +47,15 @@ def _tables(chunks: Sequence[Chunk]) -> np.ndarray:
 class ModelRunner:
     """The decoder, its cache and the experts behind the exchange."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache, exchange: Exchange, block_size: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, exchange: Exchange, block_size: int, trace_layers: bool = False
+    ) -> None:
+        """``trace_layers``: mark every exchange of a traced request, not only its first."""
         self._decoder = decoder
         self._cache = cache
         self._exchange = exchange
         self._block_size = block_size
+        self._trace_layers = trace_layers
 
     def forward(self, chunks: Sequence[Chunk]) -> tuple[StepInput, Tensor]:
         """The step and its residual stream [T, H] after the last layer.
@@ -58,16 +64,37 @@ class ModelRunner:
         """
         step = build_step(chunks, self._block_size, self._decoder.device)
         x = self._decoder.embed(step)
+        trace = self._trace(chunks)
         for layer in self._decoder.spec.layers:
             if layer.moe:
                 staged = self._exchange.stage(len(x))
                 self._decoder.attend(layer.index, x, step, self._cache, staged.rows)
-                self._exchange.combine(self._exchange.dispatch(layer.index, staged), x)
+                self._exchange.combine(self._exchange.dispatch(layer.index, staged, trace), x)
+                trace = trace if self._trace_layers else NO_TRACE
             else:
                 rows = torch.empty_like(x)
                 self._decoder.attend(layer.index, x, step, self._cache, rows)
                 self._decoder.dense(layer.index, rows, x)
         return step, x
+
+    def warm_up(self) -> Tensor:
+        """Everything of a step but the exchange, on one row at the first slot; returns its residual stream [1, H]."""
+        device = self._decoder.device
+        long, short = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        step = StepInput(long, short, long, short, short.view(1, 1), long)
+        x = self._decoder.embed(step)
+        for layer in self._decoder.spec.layers:
+            rows = torch.empty_like(x)
+            self._decoder.attend(layer.index, x, step, self._cache, rows)
+            if not layer.moe:
+                self._decoder.dense(layer.index, rows, x)
+        self._decoder.logits(x, step)
+        return x
+
+    def _trace(self, chunks: Sequence[Chunk]) -> Trace:
+        """A step has many requests but a frame one trace: the first traced request that is due for it."""
+        due = (c.sequence.trace for c in chunks if self._trace_layers or c.start == 0)
+        return next((trace for trace in due if trace != NO_TRACE), NO_TRACE)
 
     def logits(self, step: StepInput, x: Tensor) -> np.ndarray:
         """fp32 [R, vocab] for the wanted rows, in host memory."""

@@ -74,7 +74,7 @@ class ToyExchange:
     def stage(self, rows):
         return SimpleNamespace(rows=torch.empty(rows, 1, dtype=torch.int64))
 
-    def dispatch(self, layer, staged):
+    def dispatch(self, layer, staged, trace):
         if layer == LAYERS[-1].index and (self.failures or not self.available):
             self.failures = max(self.failures - 1, 0)
             raise ExchangeUnavailable(layer, ["e0"])

@@ -1,0 +1,109 @@
+"""Makes an instance's engine out of its settings: kernels, weights, cache, data plane; compiles everything.
+
+All of it happens in the compute thread, to which the data plane and the tensors belong from then on.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+
+from services.attention import sampler
+from services.attention.batching import Batcher, Limits
+from services.attention.engine import Emit, Engine
+from services.attention.exchange import Exchange
+from services.attention.kv_cache import BlockPool
+from services.attention.mesh_exchange import MeshExchange
+from services.attention.replies import Arrangement
+from services.attention.sizing import context_length, longest_frame, plan_limits
+from services.attention.step import ModelRunner
+from shared.activation import PARTS, mesh_hash
+from shared.config import AttentionConfig
+from shared.errors import ConfigError
+from shared.kernels.base import Kernels, select_kernels
+from shared.models.decoder import Decoder
+from shared.models.layout import tensor_name
+from shared.models.loader import Checkpoint
+from shared.transport.base import Transport
+from shared.transport.ucx import UcxTransport
+
+Say = Callable[[str], None]
+"""Progress, one line for a person."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this process is on the data plane."""
+
+    mesh: str
+    incarnation: int
+
+
+def compute_dtype(setting: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """Of activations and the KV cache. Raises ConfigError."""
+    stored = checkpoint.tensor(tensor_name(checkpoint.spec, "embed", 0, 0)).dtype
+    automatic = torch.float32 if device.type == "cpu" else stored
+    known = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if setting not in known:
+        raise ConfigError("--dtype", f"{setting!r} is not one of {', '.join(known)}")
+    if device.type == "cpu" and known[setting] is not torch.float32:
+        raise ConfigError("--dtype", f"{setting} needs a GPU; the CPU computes in float32 whatever the weights are")
+    return known[setting]
+
+
+@dataclass
+class Built:
+    """Everything the main thread needs to know."""
+
+    engine: Engine
+    exchange: MeshExchange
+    transport: Transport
+    limits: Limits
+
+    def run(self) -> None:
+        """The compute thread's work until ``engine.stop``."""
+        with closing(self.transport):
+            self.engine.run()
+
+
+def build(
+    config: AttentionConfig, checkpoint: Checkpoint, device: torch.device, threads: int, identity: Identity,
+    emit: Emit, say: Say,
+) -> Built:  # fmt: skip
+    """Raises ConfigError, ModelError and TransportError."""
+    spec = checkpoint.spec
+    dtype = compute_dtype(config.dtype, device, checkpoint)
+    kernels = select_kernels(device, threads)
+    say("mapping weights" if device.type == "cpu" else f"loading weights to {device}")
+    decoder = Decoder(checkpoint, kernels, device, dtype, context_length(config, spec))
+    limits = plan_limits(config, spec, decoder.bytes_per_block(config.block_size))
+    say(f"KV cache of {limits.kv_blocks * limits.block_size} tokens")
+    cache = decoder.new_cache(limits.kv_blocks, limits.block_size)
+    transport = UcxTransport(longest_frame(limits.max_batched_tokens, spec), device, config.ucx_tls)
+    mesh_exchange = MeshExchange(
+        transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
+        mesh=mesh_hash(identity.mesh, checkpoint.digest), incarnation=identity.incarnation,
+        deadline=config.exchange_deadline,
+    )  # fmt: skip
+    exchange = cast(Exchange, mesh_exchange)  # its handles are its own kind, which it alone looks into
+    runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers)
+    say("compiling kernels")
+    with torch.inference_mode():
+        warm_up(runner, kernels, spec.router.top_k)
+    batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size))
+    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline)
+    return Built(engine, mesh_exchange, transport, limits)
+
+
+def warm_up(runner: ModelRunner, kernels: Kernels, top_k: int) -> None:
+    """Compile every kernel of a step, or load it from the cache on disk."""
+    x = runner.warm_up()
+    arrangement = Arrangement(top_k)
+    parts = np.zeros(top_k, PARTS)
+    parts["expert"] = np.arange(top_k)
+    arrangement.fill(1, [(0, parts.view(np.uint8))], np.ones(top_k, np.uint64))
+    kernels.combine(x, [torch.zeros(top_k, x.shape[1], device=x.device)], *arrangement.tensors(x.device))
+    sampler.warm_up()
