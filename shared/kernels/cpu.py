@@ -1,0 +1,266 @@
+"""``Kernels`` on CPU: checks shapes, turns tensors into addresses and calls the numba kernels.
+
+Activations and the KV cache are fp32; weights are fp32, bf16 or fp16 and are read where they lie.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.kernels import cpu_attention, cpu_elementwise, cpu_experts, cpu_linear
+from shared.models.spec import RouterSpec
+
+_KINDS = {
+    torch.float32: cpu_linear.KIND_FP32,
+    torch.bfloat16: cpu_linear.KIND_BF16,
+    torch.float16: cpu_linear.KIND_FP16,
+}
+_ACTIVATIONS = {
+    "silu": cpu_elementwise.SILU,
+    "gelu": cpu_elementwise.GELU,
+    "gelu_pytorch_tanh": cpu_elementwise.GELU_TANH,
+}
+_PARALLEL_WORK = 1 << 18
+"""Multiplications below which a second thread costs more than it brings."""
+
+
+@dataclass(frozen=True)
+class CpuExpertTable:
+    """Addresses of the resident experts' weights, and the tensors that keep them mapped."""
+
+    addresses: np.ndarray
+    """int64 [highest id + 1, 3]: gate, up, down; 0 = not resident."""
+    kind: int
+    hidden: int
+    expert_hidden: int
+    tensors: dict[int, tuple[Tensor, ...]]
+
+    @property
+    def resident(self) -> frozenset[int]:
+        return frozenset(self.tensors)
+
+
+class CpuKernels:
+    """``Kernels`` with a fixed order of operations per output row. Call it from one thread at a time.
+
+    Args:
+        threads: compute threads; 0 = as many as ``NUMBA_NUM_THREADS`` allows.
+
+    Methods raise ValueError for shapes that do not fit and TypeError for dtypes that are not taken.
+    """
+
+    def __init__(self, threads: int) -> None:
+        limit = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        self.threads = min(threads, limit) if threads > 0 else limit
+        torch.set_num_threads(self.threads)
+
+    def compile(self) -> None:
+        """Compile every kernel, or load it from the cache: a first call takes no longer than any other after this."""
+        x, weight = torch.zeros(2, 16), torch.zeros(16, 16, dtype=torch.bfloat16)
+        norm, positions, pair = torch.ones(16), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1)
+        cache, slots = torch.zeros(1, 1, 1, 16), torch.zeros(2, dtype=torch.int64)
+        heads = x.view(2, 1, 16)
+        self.linear(x, weight)
+        self.rms_norm(x, norm, 1e-6)
+        self.rope(heads, pair, pair, positions)
+        self.store_kv(cache, heads, slots)
+        self.attention(heads, cache, cache, positions.view(2, 1), positions, positions, 1.0)
+        self.route(x, weight, RouterSpec(experts=16, top_k=2))
+        table = self.expert_table({0: (weight, weight, weight)})
+        self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
+        self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [T, K] @ weight [N, K].T (+ bias [N]) -> fp32 [T, N]."""
+        x = _rows(x)
+        (rows, depth), cols = x.shape, weight.shape[0]
+        _expect(weight.shape == (cols, depth), f"weight {tuple(weight.shape)} for rows of {depth}")
+        _expect(bias is None or bias.shape == (cols,), f"bias for {cols} outputs")
+        _expect(weight.is_contiguous(), "weights must be contiguous")
+        out = _output(out, (rows, cols))
+        offsets = None if bias is None else _rows(bias)
+        threads = self.threads if rows * depth * cols >= _PARALLEL_WORK else 1
+        cpu_linear.linear(
+            threads,
+            x.data_ptr(),
+            weight.data_ptr(),
+            _kind(weight),
+            0 if offsets is None else offsets.data_ptr(),
+            out.data_ptr(),
+            rows,
+            depth,
+            cols,
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """Root-mean-square norm over the last dimension."""
+        x, weight = _rows(x), _rows(weight)
+        depth = x.shape[-1]
+        _expect(weight.shape == (depth,), f"weight {tuple(weight.shape)} for rows of {depth}")
+        out = _output(out, x.shape)
+        rows = x.numel() // depth
+        cpu_elementwise.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, depth)
+        return out
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+        """Rotate x [T, heads, D] in place."""
+        rows, heads, depth = x.shape
+        count, half = cos.shape
+        _expect(_is(x, torch.float32) and _is(positions, torch.int32), "x must be fp32, positions int32, contiguous")
+        _expect(_is(cos, torch.float32) and _is(sin, torch.float32) and sin.shape == cos.shape, "cos and sin differ")
+        _expect(2 * half <= depth and positions.shape == (rows,), f"{half} pairs in {depth} dimensions")
+        done = cpu_elementwise.rope(
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            positions.data_ptr(),
+            rows,
+            heads,
+            depth,
+            half,
+            count,
+        )
+        _expect(done, f"positions must lie in 0 .. {count - 1}")
+
+    def store_kv(self, cache: Tensor, rows: Tensor, slots: Tensor) -> None:
+        """cache [blocks, block_size, kv_heads, D] viewed as slots; rows [T, kv_heads, D]."""
+        rows = _rows(rows)
+        _expect(_is(cache, torch.float32) and _is(slots, torch.int64), "cache must be fp32, slots int64, contiguous")
+        _expect(rows.shape[1:] == cache.shape[2:] and slots.shape == rows.shape[:1], "rows do not fit the cache")
+        room, depth = cache.shape[0] * cache.shape[1], cache.shape[2] * cache.shape[3]
+        done = cpu_elementwise.store_rows(
+            cache.data_ptr(), rows.data_ptr(), slots.data_ptr(), len(slots), depth, room
+        )
+        _expect(done, f"slots must lie in 0 .. {room - 1}")
+
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        tables: Tensor,
+        sequence: Tensor,
+        positions: Tensor,
+        scale: float,
+        window: int = 0,
+    ) -> Tensor:
+        """Causal attention of T query rows over the paged cache -> [T, heads * D]."""
+        q = _rows(q)
+        rows, heads, depth = q.shape
+        blocks, block_size, kv_heads, _ = k_cache.shape
+        _expect(_is(k_cache, torch.float32) and _is(v_cache, torch.float32), "caches must be fp32 and contiguous")
+        _expect(k_cache.shape == v_cache.shape and k_cache.shape[3] == depth, "q and the caches do not fit")
+        _expect(heads % kv_heads == 0, f"{heads} heads over {kv_heads} key-value heads")
+        indices = (tables, sequence, positions)
+        _expect(all(_is(index, torch.int32) for index in indices), "tables, sequence and positions must be int32")
+        _expect(sequence.shape == positions.shape == (rows,), f"sequence and positions for {rows} rows")
+        out = torch.empty(rows, heads * depth)
+        addresses = tuple(tensor.data_ptr() for tensor in (q, k_cache, v_cache, *indices, out))
+        sizes = (rows, heads, kv_heads, depth, blocks, block_size, *tables.shape)
+        done = cpu_attention.attention(self.threads, addresses, sizes, window, float(scale))
+        _expect(done, "a row needs a cache block that its table does not name")
+        return out
+
+    def route(self, x: Tensor, weight: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
+        """Gate: (weights fp32 [T, k], ids int32 [T, k]), largest first, ties to the lowest id."""
+        logits = self.linear(x, weight)
+        rows, experts = logits.shape
+        _expect(router.score == "softmax", f"gate score {router.score!r}")
+        _expect(0 < router.top_k <= experts, f"top {router.top_k} of {experts} experts")
+        weights = torch.empty(rows, router.top_k)
+        ids = torch.empty(rows, router.top_k, dtype=torch.int32)
+        cpu_elementwise.choose(
+            logits.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            rows,
+            experts,
+            router.top_k,
+            int(router.normalise),
+        )
+        return weights, ids
+
+    def expert_table(self, experts: dict[int, Sequence[Tensor]]) -> CpuExpertTable:
+        """Logical id -> (gate [I, H], up [I, H], down [H, I]), all of one shape and dtype."""
+        addresses = np.zeros((max(experts, default=-1) + 1, 3), np.int64)
+        if not experts:
+            return CpuExpertTable(addresses, 0, 0, 0, {})
+        first = next(iter(experts.values()))[0]
+        inner, width = first.shape
+        shapes = ((inner, width), (inner, width), (width, inner))
+        for expert, weights in experts.items():
+            fits = tuple(tuple(weight.shape) for weight in weights) == shapes
+            _expect(fits and all(_is(weight, first.dtype) for weight in weights), f"weights of expert {expert}")
+            addresses[expert] = [weight.data_ptr() for weight in weights]
+        tensors = {expert: tuple(weights) for expert, weights in experts.items()}
+        return CpuExpertTable(addresses, _kind(first), width, inner, tensors)
+
+    def experts(
+        self, x: Tensor, table: CpuExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor
+    ) -> Tensor:
+        """Part p is expert ids[p] applied to row tokens[p]; ids ascending; out fp32 [P, H]."""
+        x = _rows(x)
+        parts = len(ids)
+        _expect(activation in _ACTIVATIONS, f"activation {activation!r}; known are {', '.join(_ACTIVATIONS)}")
+        _expect(_is(tokens, torch.int32) and _is(ids, torch.int32), "tokens and ids must be int32 and contiguous")
+        _expect(tokens.shape == ids.shape, "tokens and ids must have one entry per part")
+        if parts == 0:
+            return out
+        _expect(x.shape[1] == table.hidden, f"rows of {x.shape[1]} for experts of {table.hidden}")
+        _output(out, (parts, table.hidden))
+        tensors = (x.data_ptr(), tokens.data_ptr(), ids.data_ptr())
+        addresses = (*tensors, table.addresses.ctypes.data, out.data_ptr())
+        sizes = (x.shape[0], table.hidden, table.expert_hidden, parts, len(table.addresses))
+        work = 3 * parts * table.hidden * table.expert_hidden
+        threads = self.threads if work >= _PARALLEL_WORK else 1
+        done = cpu_experts.experts(threads, addresses, sizes, table.kind, _ACTIVATIONS[activation])
+        _expect(done, "ids must be ascending and resident, tokens must be rows of x")
+        return out
+
+    def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
+        """out [T, H] += sum over j of weights[t, j] * rows[source[t, j]][index[t, j]]."""
+        count, depth = out.shape
+        _output(out, (count, depth))
+        shape = (count, source.shape[1])
+        _expect(source.shape == index.shape == weights.shape == shape, "source, index and weights must be [T, k]")
+        _expect(_is(source, torch.int32) and _is(index, torch.int32), "source and index must be int32")
+        _expect(_is(weights, torch.float32), "weights must be fp32")
+        for part in rows:
+            _expect(_is(part, torch.float32) and part.shape[1] == depth, f"parts must be fp32 rows of {depth}")
+        parts = np.array([(part.data_ptr(), len(part)) for part in rows], np.int64).reshape(-1, 2)
+        done = cpu_elementwise.combine(
+            out.data_ptr(), parts, source.data_ptr(), index.data_ptr(), weights.data_ptr(), *shape, depth
+        )
+        _expect(done, "source and index must name rows that were given")
+
+
+def _expect(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _is(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype is dtype and tensor.is_contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` as contiguous fp32; itself when it is that already."""
+    return x if _is(x, torch.float32) else x.float().contiguous()
+
+
+def _output(out: Tensor | None, shape: Sequence[int]) -> Tensor:
+    if out is None:
+        return torch.empty(shape)
+    _expect(_is(out, torch.float32) and out.shape == torch.Size(shape), f"out must be contiguous fp32 {tuple(shape)}")
+    return out
+
+
+def _kind(weight: Tensor) -> int:
+    if weight.dtype not in _KINDS:
+        raise TypeError(f"weights must be fp32, bf16 or fp16, not {weight.dtype}")
+    return _KINDS[weight.dtype]
