@@ -21,10 +21,11 @@ from typing import Any, Self
 
 from shared.bus import Bus
 from shared.config import MeshConfig
-from shared.errors import BusUnavailable, ConfigError, ModelError, MoemeshError
+from shared.errors import BusUnavailable, ConfigError, MoemeshError
 from shared.http_side import HttpSide
-from shared.membership import HEARTBEAT_S, Member, Members
+from shared.membership import HEARTBEAT_S, Members
 from shared.messages import Heartbeat, Hello, Kind, ModelFacts, State
+from shared.one_model import check_model, stay_with
 from shared.telemetry import Telemetry
 
 CONNECT_LIMIT_S = 30.0
@@ -51,12 +52,6 @@ def node_name(configured: str) -> str:
     return configured or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def other_model(model: ModelFacts, members: list[Member]) -> Member | None:
-    """A READY member that serves a model with another digest."""
-    others = (m for m in members if m.ready and m.heartbeat.model and m.heartbeat.model.digest != model.digest)
-    return next(others, None)
-
-
 class Instance:
     """One running service. Entering connects and announces it; leaving says GONE.
 
@@ -75,7 +70,12 @@ class Instance:
         self.members = Members(self.mesh, self.id)
         self.subjects = self.members.subjects
         self.telemetry = Telemetry(
-            kind.value, self.id, self.mesh, endpoint=config.otlp_endpoint, trace_layers=config.trace_layers
+            kind.value,
+            self.id,
+            self.mesh,
+            endpoint=config.otlp_endpoint,
+            ratio=config.trace_ratio,
+            trace_layers=config.trace_layers,
         )
         """Traces, and the metrics that the HTTP side shows."""
         self.model: ModelFacts | None = None
@@ -142,17 +142,19 @@ class Instance:
         await self.announce()
 
     async def join(self, model: ModelFacts) -> None:
-        """Announce the model that is served here. Raises ModelError when the mesh serves another one."""
+        """Announce the model that is served here. Raises ModelError when the mesh serves another, BusUnavailable."""
         self.model = model
-        self._check_model()
+        await check_model(model, False, self.members, self.bus)
         await self.announce()
 
     async def ready(self, facts: Facts) -> None:
         """Become READY. ``facts()`` gives more Heartbeat fields (experts=..., url=...) and is asked at every heartbeat.
 
-        Raises ModelError when the mesh has come to serve another model meanwhile.
+        Raises ModelError when the mesh has come to serve another model meanwhile, BusUnavailable.
         """
-        self._check_model()
+        if self.model:
+            await check_model(self.model, False, self.members, self.bus)
+            self.spawn(stay_with(self.model, self.members, self.bus), "one-model")
         self._facts = facts
         self._detail = ""
         if self.state is State.STARTING:
@@ -208,16 +210,6 @@ class Instance:
         self.state = State.GONE
         self._facts = dict
         await self.announce()
-
-    def _check_model(self) -> None:
-        other = other_model(self.model, self.members.all()) if self.model else None
-        if self.model and other and other.heartbeat.model:
-            theirs = other.heartbeat.model
-            raise ModelError(
-                self.model.name,
-                f"mesh {self.mesh} serves another model: {other.id} has {theirs.name} (digest {theirs.digest}), "
-                f"here it is {self.model.digest}; give the same --model or another --mesh",
-            )
 
     def _on_signal(self, number: int) -> None:
         if self._stopping.is_set():

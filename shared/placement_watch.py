@@ -7,15 +7,17 @@ again instead of watching the key: a watcher's consumer dies with the server. Ad
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from shared.errors import BadMessage, BusUnavailable
-from shared.lifecycle import Instance
 from shared.membership import Member, Members
 from shared.messages import Kind, Placement, State, Subjects
 from shared.store import Store
+
+if TYPE_CHECKING:
+    from shared.lifecycle import Instance
 
 RETRY_S = 0.5
 
@@ -55,7 +57,7 @@ def adoptable(placement: Placement, members: Members) -> bool:
 class PlacementWatch:
     """``current`` is the newest version known here, or None."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: "Instance") -> None:
         self.current: Placement | None = None
         self._instance = instance
         self._callbacks: list[Callable[[], None]] = []

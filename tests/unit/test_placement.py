@@ -33,9 +33,7 @@ def placed(current: Placement | None, *ready: Member, homes: int = 0) -> Placeme
     return placement
 
 
-@given(
-    instances=st.integers(1, 64), layers=st.integers(0, 5), experts=st.integers(1, 70), homes=st.integers(1, 70)
-)
+@given(instances=st.integers(1, 64), layers=st.integers(0, 5), experts=st.integers(1, 70), homes=st.integers(1, 70))
 def test_every_expert_has_the_homes_asked_for_and_the_load_is_even(
     instances: int, layers: int, experts: int, homes: int
 ) -> None:
@@ -56,7 +54,7 @@ def test_round_robin_by_hand() -> None:
 
 @pytest.mark.parametrize(("instances", "homes"), [(0, 1), (65, 1), (3, 0)])
 def test_a_placement_that_leaves_an_expert_without_a_home_is_refused(instances: int, homes: int) -> None:
-    with pytest.raises(ValueError, match="homes|instances"):
+    with pytest.raises(ValueError, match=r"homes|instances"):
         round_robin([str(i) for i in range(instances)], 1, 4, homes)
 
 

@@ -1,0 +1,242 @@
+"""The placement follows the expert instances, through the store, restarts and competing schedulers."""
+
+import asyncio
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from services.scheduler.leader import Leader
+from services.scheduler.main import serve
+from shared.bus import Bus
+from shared.config import MeshConfig, SchedulerConfig
+from shared.errors import ModelError
+from shared.lifecycle import Instance
+from shared.messages import ExpertFacts, Kind, ModelFacts, Placement, Subjects
+from shared.nats_server import NatsServer
+from shared.placement_watch import PlacementWatch, adoptable
+from tests.integration.instances import MODEL, OTHER_MODEL, expert
+from tests.integration.waiting import until
+
+LEASE_S = 1.0
+
+
+@pytest.fixture
+def config(nats_server: NatsServer, mesh: str) -> MeshConfig:
+    return MeshConfig(nats=nats_server.url, mesh=mesh)
+
+
+@pytest.fixture
+async def watch(config: MeshConfig) -> AsyncIterator[PlacementWatch]:
+    """A gateway that follows the placement."""
+    async with Instance(Kind.GATEWAY, replace(config, id="watcher"), signals=False) as instance:
+        yield await PlacementWatch(instance).start()
+
+
+@asynccontextmanager
+async def scheduler(config: MeshConfig, id: str) -> AsyncIterator[asyncio.Task[None]]:
+    """A scheduler in this process; cancelled at the end, as a crash: it keeps its lease."""
+    task = asyncio.create_task(serve(SchedulerConfig(nats=config.nats, mesh=config.mesh, id=id, lease_s=LEASE_S)))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def scheduler_process(config: MeshConfig, id: str) -> AsyncIterator[Process]:
+    settings = {"NATS": config.nats, "MESH": config.mesh, "ID": id, "LEASE_S": str(LEASE_S)}
+    environ = dict(os.environ) | {f"MOEMESH_{k}": v for k, v in settings.items()}
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.scheduler.main", env=environ, stdout=DEVNULL, stderr=PIPE
+    )
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.communicate()
+
+
+def instances(watch: PlacementWatch) -> tuple[str, ...]:
+    return watch.current.instances if watch.current else ()
+
+
+def authors(watch: PlacementWatch, *ids: str) -> Callable[[], bool]:
+    return lambda: watch.current is not None and watch.current.author in ids
+
+
+async def test_the_placement_follows_who_joins_and_leaves(config: MeshConfig, watch: PlacementWatch) -> None:
+    changes: list[int] = []
+    watch.on_change(lambda: changes.append(watch.current.version if watch.current else 0))
+    async with scheduler(config, "s1"), expert(replace(config, id="e1")):
+        await until(lambda: instances(watch) == ("e1",))
+        async with expert(replace(config, id="e2")):
+            await until(lambda: instances(watch) == ("e1", "e2"))
+        await until(lambda: instances(watch) == ("e1",))
+    assert watch.current is not None
+    assert (watch.current.author, watch.current.reason) == ("s1", "e2 left")
+    assert changes == sorted(set(changes))
+
+
+async def test_the_last_placement_stays_when_the_last_expert_instance_leaves(
+    config: MeshConfig, watch: PlacementWatch
+) -> None:
+    async with scheduler(config, "s1"):
+        async with expert(replace(config, id="e1")):
+            await until(lambda: instances(watch) == ("e1",))
+        async with expert(replace(config, id="e2")):
+            await until(lambda: instances(watch) == ("e2",))
+    assert watch.current is not None
+    assert watch.current.version == 2
+
+
+async def test_of_two_models_that_become_ready_in_the_same_moment_one_leaves(
+    config: MeshConfig, watch: PlacementWatch
+) -> None:
+    async def live(id: str, model: ModelFacts, both: asyncio.Barrier) -> None:
+        async with Instance(Kind.EXPERTS, replace(config, id=id), signals=False) as instance:
+            await instance.join(model)
+            await both.wait()
+            await instance.ready(lambda: {"experts": ExpertFacts(address=b"y")})
+            await instance.until_stopped()
+
+    both = asyncio.Barrier(2)
+    first = asyncio.create_task(live("e1", MODEL, both))
+    second = asyncio.create_task(live("e2", OTHER_MODEL, both))
+    await until(lambda: len(watch._instance.members.ready(Kind.EXPERTS)) == 2, "both to be READY")
+    async with scheduler(config, "s1"):
+        with pytest.raises(ModelError, match="serves another model: e1"):
+            await second
+        await until(lambda: instances(watch) == ("e1",))
+    first.cancel()
+    await asyncio.wait([first])
+
+
+async def test_attention_waits_for_loading_homes(config: MeshConfig, watch: PlacementWatch) -> None:
+    loaded = 0
+    members = watch._instance.members
+    async with scheduler(config, "s1"), Instance(Kind.EXPERTS, replace(config, id="e1"), signals=False) as instance:
+        await instance.join(MODEL)
+        await instance.ready(lambda: {"experts": ExpertFacts(address=b"x", placement=loaded)})
+        await until(lambda: watch.current is not None)
+        assert watch.current is not None
+        assert not adoptable(watch.current, members)
+        loaded = watch.current.version
+        await instance.announce()
+        await until(lambda: watch.current is not None and adoptable(watch.current, members))
+
+
+async def test_one_of_two_schedulers_leads_and_the_other_takes_over_when_it_is_killed(
+    config: MeshConfig, watch: PlacementWatch, bus: Bus
+) -> None:
+    async with expert(replace(config, id="e1")), scheduler_process(config, "s1") as first:
+        await until(authors(watch, "s1"))
+        async with scheduler(config, "s2"):
+            first.kill()
+            await first.wait()
+            async with expert(replace(config, id="e2")):
+                await until(lambda: instances(watch) == ("e1", "e2"), "s2 to take over")
+    assert watch.current is not None
+    assert (watch.current.author, watch.current.version, watch.current.epoch) == ("s2", 2, 2)
+
+
+async def test_a_scheduler_that_is_told_to_stop_hands_over_and_the_next_continues_the_versions(
+    config: MeshConfig, watch: PlacementWatch
+) -> None:
+    async with expert(replace(config, id="e1")):
+        async with scheduler_process(config, "s1") as first:
+            await until(authors(watch, "s1"))
+            first.send_signal(signal.SIGTERM)
+            assert await first.wait() == 0
+        async with expert(replace(config, id="e2")), scheduler(config, "s2"):
+            await until(lambda: instances(watch) == ("e1", "e2"))
+    assert watch.current is not None
+    assert (watch.current.version, watch.current.epoch) == (2, 2)
+
+
+async def test_two_schedulers_that_start_together_write_one_line_of_versions(
+    config: MeshConfig, watch: PlacementWatch
+) -> None:
+    versions: list[int] = []
+    watch.on_change(lambda: versions.append(watch.current.version if watch.current else 0))
+    async with scheduler(config, "s1"), scheduler(config, "s2"), expert(replace(config, id="e1")):
+        await until(lambda: instances(watch) == ("e1",))
+        async with expert(replace(config, id="e2")):
+            await until(lambda: instances(watch) == ("e1", "e2"))
+    assert versions == [1, 2]
+    assert watch.current is not None
+    assert watch.current.epoch == 1
+
+
+async def test_placement_goes_on_after_nats_was_killed(
+    config: MeshConfig, watch: PlacementWatch, nats_server: NatsServer
+) -> None:
+    async with scheduler(config, "s1") as task, expert(replace(config, id="e1")):
+        await until(lambda: instances(watch) == ("e1",))
+        await nats_server.kill()
+        await until(lambda: not watch._instance.bus.connected)
+        await nats_server.start()
+        async with expert(replace(config, id="e2")):
+            await until(lambda: instances(watch) == ("e1", "e2"))
+        assert not task.done()
+    assert watch.current is not None
+    assert watch.current.version == 2
+
+
+async def test_a_deposed_leader_cannot_write_after_its_successor_has_begun(
+    config: MeshConfig, watch: PlacementWatch, bus: Bus, mesh: str
+) -> None:
+    subjects = Subjects(mesh)
+    store = await bus.store(subjects.bucket)
+    async with expert(replace(config, id="e1")):
+        async with scheduler(config, "s1"):
+            await until(authors(watch, "s1"))
+            before = await store.get(Subjects.PLACEMENT_KEY)
+        assert before is not None
+        async with scheduler(config, "s2"):
+            await until_epoch(bus, subjects, 2)
+            late = Placement.decode(before[0]).model_copy(update={"version": 2, "reason": "late"})
+            assert await store.update(Subjects.PLACEMENT_KEY, late.encode(), before[1]) is None
+
+
+async def until_epoch(bus: Bus, subjects: Subjects, epoch: int) -> None:
+    """Wait until the stored placement carries ``epoch``."""
+    store = await bus.store(subjects.bucket)
+    async with asyncio.timeout(30):
+        while True:
+            found = await store.get(Subjects.PLACEMENT_KEY)
+            if found and Placement.decode(found[0]).epoch == epoch:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_lease_is_held_by_one_and_every_leadership_has_a_higher_epoch(bus: Bus, mesh: str) -> None:
+    subjects = Subjects(mesh)
+    leases, state = await bus.store(subjects.leader_bucket, ttl=LEASE_S), await bus.store(subjects.bucket)
+    leaders = [Leader(leases, state, f"s{i}") for i in range(3)]
+    epochs: list[int] = []
+    for leader in leaders:
+        await until_leading(leader)
+        for other in leaders:
+            await other.step()
+        assert [other.epoch is not None for other in leaders].count(True) == 1
+        epochs.append(leader.epoch or 0)
+        if leader is leaders[1]:
+            await leader.release()  # the others just fall silent
+        leader._lease = None
+        leaders[leaders.index(leader)] = Leader(leases, state, "replaced")
+    assert epochs == [1, 2, 3]
+
+
+async def until_leading(leader: Leader) -> None:
+    async with asyncio.timeout(30):
+        while leader.epoch is None:
+            await leader.step()
+            await asyncio.sleep(0.05)
