@@ -107,10 +107,12 @@ class NatsServer:
     def _spawn(self, binary: Path) -> subprocess.Popen[bytes]:
         port = str(self.port or -1)  # -1 is the server's way to say: any free port
         files = ["-sd", self.store_dir, "--ports_file_dir", self.store_dir]
+        setpriv = shutil.which("setpriv")  # util-linux; without it a server may outlive a parent that was killed
+        follow_parent = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
         with self.log_file.open("wb") as log:
             # A session of its own: Ctrl-C in the terminal must reach the services first, they still need NATS.
             return subprocess.Popen(
-                [binary, "-a", self.host, "-p", port, "-js", *files],
+                [*follow_parent, binary, "-a", self.host, "-p", port, "-js", *files],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

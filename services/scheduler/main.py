@@ -5,12 +5,25 @@ import sys
 
 from services.scheduler.reconciler import Reconciler
 from shared.config import SchedulerConfig, load_config
+from shared.errors import ConfigError
 from shared.lifecycle import Instance, run
 from shared.messages import Kind
+
+MIN_LEASE_S = 0.5
+"""A renewal must fit in a quarter of it, with a busy machine on both sides."""
+
+
+def check(config: SchedulerConfig) -> None:
+    """Raises ConfigError for settings out of range."""
+    if config.homes < 0:
+        raise ConfigError("--homes", f"{config.homes} is below 0")
+    if config.lease_s < MIN_LEASE_S:
+        raise ConfigError("--lease-s", f"{config.lease_s:g} is below {MIN_LEASE_S:g} seconds")
 
 
 async def serve(config: SchedulerConfig) -> None:
     """Run one scheduler until it is told to stop. Raises ConfigError, BusUnavailable."""
+    check(config)
     async with Instance(Kind.SCHEDULER, config) as instance:
         reconciler = await Reconciler.start(instance, config)
         await instance.ready(reconciler.facts)

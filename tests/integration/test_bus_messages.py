@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import socket
+from pathlib import Path
 
 import nats
 import pytest
@@ -190,6 +192,18 @@ async def test_no_server_and_bad_urls_are_clear_errors() -> None:
         await Bus.connect("nats://127.0.0.1:1", "x", 0.3)
     with pytest.raises(BusUnavailable, match="not a usable NATS URL"):
         await Bus.connect("nats://127.0.0.1:port", "x", 0.3)
+
+
+async def test_a_nats_server_waits_for_its_port(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        server = NatsServer(tmp_path, other.getsockname()[1])
+        starting = asyncio.create_task(server.start())
+        await until(lambda: server.log_file.exists() and "address already in use" in server.log_file.read_text())
+    await starting
+    assert server.url.endswith(f":{server.port}")
+    await server.stop()
 
 
 async def test_a_nats_server_that_cannot_start_says_why(nats_server: NatsServer) -> None:

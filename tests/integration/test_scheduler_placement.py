@@ -15,7 +15,7 @@ from services.scheduler.leader import Leader
 from services.scheduler.main import serve
 from shared.bus import Bus
 from shared.config import MeshConfig, SchedulerConfig
-from shared.errors import ModelError
+from shared.errors import ConfigError, ModelError
 from shared.lifecycle import Instance
 from shared.messages import ExpertFacts, Kind, ModelFacts, Placement, Subjects
 from shared.nats_server import NatsServer
@@ -240,3 +240,9 @@ async def until_leading(leader: Leader) -> None:
         while leader.epoch is None:
             await leader.step()
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("lease_s", 0.0), ("homes", -1)])
+async def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=setting.replace("_", "-")):
+        await serve(SchedulerConfig(**{setting: value}))  # type: ignore[arg-type]
