@@ -31,7 +31,8 @@ class MoeLayer:
     def load(self, experts: Iterable[int]) -> None:
         """Make these experts resident, beside those that are already. Raises ModelError for an unknown id."""
         new = [e for e in sorted(set(experts)) if e not in self._experts]
-        self._swap(self._experts | {e: self._weights(e) for e in new})
+        if new:
+            self._swap(self._experts | {e: self._weights(e) for e in new})
 
     def unload(self, experts: Iterable[int]) -> None:
         """Let go of these experts; those that are not resident are ignored."""

@@ -1,8 +1,9 @@
-"""One process, no mesh: Decoder + MoeLayer against transformers on the same checkpoint, in chunks over a paged cache."""
+"""One process, no mesh: Decoder and MoeLayer against transformers on one checkpoint, in chunks over a paged cache."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ TOLERANCE = 1e-4
 CPU = torch.device("cpu")
 LENGTHS = (37, 5, 64)
 
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 40,
     "intermediate_size": 56,
@@ -31,23 +32,28 @@ _SHAPE = {
     "num_experts_per_tok": 3,
     "num_local_experts": 7,
 }
-_QWEN3 = _SHAPE | {"moe_intermediate_size": 24, "head_dim": 24, "norm_topk_prob": True}
+
+
+def qwen3(**changes: Any) -> Qwen3MoeConfig:
+    own: dict[str, Any] = {"moe_intermediate_size": 24, "head_dim": 24, "norm_topk_prob": True}
+    return Qwen3MoeConfig(**{**_SHAPE, **own, **changes})
+
+
+def mixtral(**changes: Any) -> MixtralConfig:
+    return MixtralConfig(**{**_SHAPE, **changes})
+
+
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}
 CONFIGS = {
-    "qwen3": Qwen3MoeConfig(**_QWEN3),
-    "qwen3 tied, biased, dense layer, top-k weights as they are": Qwen3MoeConfig(
-        **_QWEN3 | {"norm_topk_prob": False}, tie_word_embeddings=True, attention_bias=True, mlp_only_layers=[1]
-    ),
-    "qwen3 sparse step, linear rope": Qwen3MoeConfig(
-        **_QWEN3,
-        decoder_sparse_step=2,
-        rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0},
-    ),
-    "qwen3 sliding window": Qwen3MoeConfig(**_QWEN3, use_sliding_window=True, sliding_window=9),
-    "mixtral": MixtralConfig(**_SHAPE),
-    "mixtral head size, one kv head, tied, gelu": MixtralConfig(
-        **_SHAPE | {"num_key_value_heads": 1}, head_dim=6, tie_word_embeddings=True, hidden_act="gelu"
-    ),
-    "mixtral sliding window, top-1": MixtralConfig(**_SHAPE | {"num_experts_per_tok": 1}, sliding_window=7),
+    "qwen3": qwen3(),
+    "qwen3 tied, biased, dense layer": qwen3(tie_word_embeddings=True, attention_bias=True, mlp_only_layers=[1]),
+    "qwen3 top-k weights as they are": qwen3(norm_topk_prob=False),
+    "qwen3 sparse step, linear rope": qwen3(decoder_sparse_step=2, rope_parameters=LINEAR),
+    "qwen3 sliding window": qwen3(use_sliding_window=True, sliding_window=9),
+    "mixtral": mixtral(),
+    "mixtral head size, one kv head": mixtral(num_key_value_heads=1, head_dim=6),
+    "mixtral tied, gelu": mixtral(tie_word_embeddings=True, hidden_act="gelu"),
+    "mixtral sliding window, top-1": mixtral(num_experts_per_tok=1, sliding_window=7),
 }
 
 

@@ -1,7 +1,6 @@
 """Opening checkpoints: what is found, what is shared, and the words of every refusal."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -239,7 +238,7 @@ def test_a_cached_hub_model_opens_offline(offline_hub, tiny):
     (entry / "refs").mkdir(parents=True)
     (entry / "refs" / "main").write_text(revision)
     (entry / "snapshots").mkdir()
-    os.rename(tiny, entry / "snapshots" / revision)
+    tiny.rename(entry / "snapshots" / revision)
     source = open_source("some/model")
     assert (source.name, source.path) == ("some/model", entry / "snapshots" / revision)
 
