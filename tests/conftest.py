@@ -1,5 +1,6 @@
 """Fixtures that every test may use: a real NATS server of its own, a connection, a mesh name."""
 
+import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -7,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from shared.bus import Bus
+from shared.kernels.threads import thread_environment
 from shared.nats_server import NatsServer
+
+
+def pytest_configure() -> None:
+    """Kernels want their environment before torch and numba are imported, as in the services."""
+    os.environ.update(thread_environment(len(os.sched_getaffinity(0)), os.environ))
 
 
 @pytest.fixture

@@ -1,0 +1,91 @@
+"""kill -9 of any service: nobody waits for ever, nothing changes that should not, and the mesh serves again."""
+
+import concurrent.futures
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.mesh import RunningMesh, running_mesh
+
+BODY = {"prompt": "In the beginning God created", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[RunningMesh]:
+    with running_mesh(attention=1, experts=2, mesh="failure") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(mesh: RunningMesh) -> str:
+    return mesh.complete(**BODY)["choices"][0]["text"]
+
+
+def serves_again(mesh: RunningMesh, expected: str) -> None:
+    """A client that retries on 503, as the official one does, gets the same text."""
+    transport = httpx.HTTPTransport()
+    with httpx.Client(timeout=120, transport=transport) as client:
+        for _ in range(600):
+            try:
+                answer = client.post(mesh.url + "/v1/completions", json=BODY)
+            except httpx.TransportError:
+                mesh.call(pause(0.1))
+                continue
+            if answer.status_code == 200:
+                assert answer.json()["choices"][0]["text"] == expected
+                return
+            assert answer.status_code == 503, answer.text
+            mesh.call(pause(0.1))
+    pytest.fail("the mesh did not serve again")
+
+
+async def pause(seconds: float) -> None:
+    import asyncio
+
+    await asyncio.sleep(seconds)
+
+
+def streams(mesh: RunningMesh, count: int) -> list[concurrent.futures.Future[str]]:
+    """``count`` streamed completions, each on a thread; results are the joined texts or the error's text."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    return [pool.submit(joined_stream, mesh.url) for _ in range(count)]
+
+
+def joined_stream(url: str) -> str:
+    from shared.cli.client import stream_completion
+
+    return "".join(stream_completion(url, dict(BODY)))
+
+
+def test_killing_one_of_two_homes_changes_no_byte(mesh: RunningMesh, expected: str) -> None:
+    running = streams(mesh, 8)
+    mesh.kill("experts-0")
+    assert {f.result(180) for f in running} == {expected}
+    serves_again(mesh, expected)
+
+
+@pytest.mark.parametrize("name", ["scheduler-0", "attention-0", "experts-1"])
+def test_the_mesh_serves_again_after_a_service_was_killed(mesh: RunningMesh, expected: str, name: str) -> None:
+    mesh.kill(name)
+    serves_again(mesh, expected)
+
+
+def test_killing_attention_under_streams_leaves_no_client_waiting(mesh: RunningMesh, expected: str) -> None:
+    running = streams(mesh, 4)
+    mesh.kill("attention-0")
+    for future in running:
+        try:
+            assert future.result(180) == expected
+        except Exception as error:
+            assert "error" in type(error).__name__.lower(), error
+    serves_again(mesh, expected)
+
+
+def test_a_restart_of_nats_under_sixteen_streams_changes_no_byte(mesh: RunningMesh, expected: str) -> None:
+    running = streams(mesh, 16)
+    assert mesh.mesh.nats is not None
+    mesh.call(mesh.mesh.nats.kill())
+    mesh.call(mesh.mesh.nats.start())
+    assert {f.result(240) for f in running} == {expected}
+    serves_again(mesh, expected)

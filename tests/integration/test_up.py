@@ -1,0 +1,129 @@
+"""``moemesh up`` as a person or a supervisor runs it: one ready line, clean stop, clear failures, restarts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+START_LIMIT_S = 120
+STOP_LIMIT_S = 60
+
+
+@contextmanager
+def up(*args: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """``moemesh up --port 0 ...`` and the lines of its stderr; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shared.cli.main", "up", "--port", "0", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    assert process.stderr is not None
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr or []), daemon=True)
+    reader.start()
+    try:
+        yield process, lines
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(STOP_LIMIT_S)
+        reader.join(STOP_LIMIT_S)
+        print("".join(lines))
+
+
+def ready_url(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("ready http://127.0.0.1:"), line
+    return line.split()[1]
+
+
+def descendants(pid: int) -> set[int]:
+    """Pids of all processes below ``pid``."""
+    children: dict[int, set[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), set()).add(int(stat.parent.name))
+    found, todo = set(), [pid]
+    while todo:
+        new = children.get(todo.pop(), set())
+        found |= new
+        todo += new
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {p for p in pids if Path(f"/proc/{p}/stat").exists() and " Z " not in Path(f"/proc/{p}/stat").read_text()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_prints_one_ready_line_serves_and_stops_with_status_zero(number: signal.Signals) -> None:
+    with up() as (process, _):
+        url = ready_url(process)
+        answer = httpx.post(url + "/v1/completions", json={"prompt": "In the", "max_tokens": 4}, timeout=60)
+        assert answer.status_code == 200
+        below = descendants(process.pid)
+        assert len(below) >= 6
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=STOP_LIMIT_S)
+        assert process.returncode == 0
+        assert rest == ""
+        assert not alive(below)
+
+
+def test_a_killed_up_leaves_no_service_behind() -> None:
+    with up() as (process, _):
+        ready_url(process)
+        below = descendants(process.pid)
+        process.kill()
+        process.wait(STOP_LIMIT_S)
+        waiter = threading.Event()
+        for _ in range(STOP_LIMIT_S * 10):
+            if not alive(below):
+                break
+            waiter.wait(0.1)
+        assert not alive(below)
+
+
+@pytest.mark.parametrize("problem", ["missing", "empty", "foreign"])
+def test_a_model_that_cannot_be_served_ends_up_with_its_reason(problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    if problem != "missing":
+        path.mkdir()
+    if problem == "foreign":
+        (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    with up("--model", str(path)) as (process, lines):
+        out, _ = process.communicate(timeout=START_LIMIT_S)
+    assert process.returncode == 1
+    assert out == ""
+    text = "".join(lines)
+    assert str(path) in text
+    if problem == "foreign":
+        assert "qwen3_moe" in text
+        assert "mixtral" in text
+
+
+def test_a_service_that_dies_is_restarted_and_the_mesh_serves_again() -> None:
+    with up() as (process, lines):
+        url = ready_url(process)
+        status = subprocess.run(["pgrep", "-f", "serve experts"], capture_output=True, text=True, check=False)
+        experts = {int(p) for p in status.stdout.split()} & descendants(process.pid)
+        assert len(experts) == 2
+        os.kill(experts.pop(), signal.SIGKILL)
+        body = {"prompt": "And God said", "max_tokens": 8, "temperature": 0}
+        answers = [httpx.post(url + "/v1/completions", json=body, timeout=120).json() for _ in range(3)]
+        assert len({a["choices"][0]["text"] for a in answers}) == 1
+    assert any("starting it again" in line for line in lines)
