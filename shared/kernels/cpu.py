@@ -5,6 +5,8 @@ Activations and the KV cache are fp32; weights are fp32, bf16 or fp16 and are re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numba
 import numpy as np
@@ -58,6 +60,14 @@ class CpuKernels:
         self.threads = min(threads, limit) if threads > 0 else limit
         torch.set_num_threads(self.threads)
 
+    @cached_property
+    def _project(self) -> Any:
+        return cpu_linear.compile_project()
+
+    @cached_property
+    def _attend(self) -> Any:
+        return cpu_attention.compile_attend()
+
     def compile(self) -> None:
         """Compile every kernel, or load it from the cache: a first call takes no longer than any other after this."""
         x, weight = torch.zeros(2, 16), torch.zeros(16, 16, dtype=torch.bfloat16)
@@ -86,6 +96,7 @@ class CpuKernels:
         threads = self.threads if rows * depth * cols >= _PARALLEL_WORK else 1
         cpu_linear.linear(
             threads,
+            self._project.address,
             x.data_ptr(),
             weight.data_ptr(),
             _kind(weight),
@@ -162,7 +173,7 @@ class CpuKernels:
         out = torch.empty(rows, heads * depth)
         addresses = tuple(tensor.data_ptr() for tensor in (q, k_cache, v_cache, *indices, out))
         sizes = (rows, heads, kv_heads, depth, blocks, block_size, *tables.shape)
-        done = cpu_attention.attention(self.threads, addresses, sizes, window, float(scale))
+        done = cpu_attention.attention(self.threads, self._attend.address, addresses, sizes, window, float(scale))
         _expect(done, "a row needs a cache block that its table does not name")
         return out
 
@@ -218,7 +229,7 @@ class CpuKernels:
         sizes = (x.shape[0], table.hidden, table.expert_hidden, parts, len(table.addresses))
         work = 3 * parts * table.hidden * table.expert_hidden
         threads = self.threads if work >= _PARALLEL_WORK else 1
-        done = cpu_experts.experts(threads, addresses, sizes, table.kind, _ACTIVATIONS[activation])
+        done = cpu_experts.experts(threads, self._project.address, addresses, sizes, table.kind, _ACTIVATIONS[activation])
         _expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out
 

@@ -5,11 +5,13 @@ its fixed-order sum, then the values one position after the other. Only the loop
 the heads of a group share a key, and up to ROW_GROUP rows of a sequence share a stretch of positions.
 """
 
+from typing import Any
+
 import numba
 import numpy as np
 
 from shared.kernels.cpu_elementwise import softmax
-from shared.kernels.jit import FP32, I32, parallel_kernel, take_next, view1, view2
+from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, routine, take_next, view1, view2
 from shared.kernels.simd import LANES, dot_block, mix_block
 
 ROW_GROUP = 8
@@ -18,48 +20,101 @@ STRETCH = 64
 """Cache positions that are used for all rows of a work item before the next ones are touched."""
 
 
-@numba.njit(nogil=True)
-def _cache_rows(table, block_size, kv_heads, head, count):  # noqa: ANN001, ANN202
-    """Where positions 0 .. count - 1 of a sequence lie in the cache seen as [slots * kv_heads, D]."""
-    at = np.empty(count, np.int64)
-    for p in range(count):
-        slot = np.int64(table[p // block_size]) * block_size + p % block_size
-        at[p] = slot * kv_heads + head
-    return at
-
-
-@numba.njit(nogil=True)
-def _attend(q, k, v, at, positions, head, group, scale, window, out):  # noqa: ANN001, ANN202
-    """One key-value head, and consecutive rows of one sequence: q, out [rows * heads, D]; ``head`` = first query head."""
-    rows, depth = len(positions), q.shape[1]
-    heads = q.shape[0] // rows
-    scores = np.empty((rows * group, len(at)), np.float32)
-    ends = positions.astype(np.int64) + 1
-    starts = np.maximum(ends - window, 0) if window else np.zeros(rows, np.int64)
-    for near in range(starts[0], len(at), STRETCH):
-        for t in range(rows):
-            a, b = max(near, starts[t]), min(near + STRETCH, ends[t])
-            dot_block(q, t * heads + head, group, k, at, a, max(a, b), scores, t * group, a)
-    for t in range(rows):
+@helper
+def _softmaxes(scores, ends, starts, group, scale):  # noqa: ANN001, ANN202
+    """Turn scores [rows * group, positions] into weights, each row over its own range of positions."""
+    for t in range(len(ends)):
+        count = ends[t] - starts[t]
         for g in range(group):
             row = scores[t * group + g, starts[t] :]
-            total = softmax(row, ends[t] - starts[t], scale)
-            for p in range(ends[t] - starts[t]):
+            total = softmax(row, count, scale)
+            for p in range(count):
                 row[p] /= total
-            out[t * heads + head + g] = 0
-    for near in range(starts[0], len(at), STRETCH):
+
+
+def _attend(q, k, v, cache, ranges, scores, out, rows, heads, group, depth, length, scale):  # noqa: ANN001, ANN202
+    queries, outputs = view2(q, rows * heads, depth, FP32), view2(out, rows * heads, depth, FP32)
+    keys, values = view2(k, 1, depth, FP32), view2(v, 1, depth, FP32)
+    at, scored = view1(cache, length, I64), view2(scores, rows * group, length, FP32)
+    starts, ends = view1(ranges, rows, I64), view1(ranges + rows * 8, rows, I64)
+    for near in range(starts[0], length, STRETCH):
+        for t in range(rows):
+            a, b = max(near, starts[t]), min(near + STRETCH, ends[t])
+            dot_block(queries, t * heads, group, keys, at, a, max(a, b), scored, t * group, a)
+    _softmaxes(scored, ends, starts, group, np.float32(scale))
+    for t in range(rows):
+        for g in range(group):
+            for d in range(depth):
+                outputs[t * heads + g, d] = np.float32(0)
+    for near in range(starts[0], length, STRETCH):
         for t in range(rows):
             a, b = max(near, starts[t]), min(near + STRETCH, ends[t])
             for d in range(0, depth, LANES):
                 lanes = min(LANES, depth - d)
-                mix_block(scores, t * group, group, a, max(a, b), v, at, out, t * heads + head, d, lanes)
+                mix_block(scored, t * group, group, a, max(a, b), values, at, outputs, t * heads, d, lanes)
 
 
-@numba.njit(nogil=True)
-def _known(tables, sequence, positions, block_size, blocks):  # noqa: ANN001, ANN202
+def compile_attend() -> Any:
+    """The routine: one key-value head, consecutive rows of one sequence.
+
+    Arguments, int64: addresses of q (its first head of the group), k, v, the positions' rows in k and v (int64), the rows'
+    ranges of positions (int64 starts, then ends), room for rows * group * length scores, out (like q); then rows, heads from one
+    row of q to the next, heads of the group, D, length (cache positions of the last row); float64: scale.
+    """
+    return routine("void(" + "int64, " * 12 + "float64)", _attend)
+
+
+@helper
+def _locate(table, block_size, kv_heads, head, at):  # noqa: ANN001, ANN202
+    """Where a sequence's positions lie in the cache seen as [slots * kv_heads, D]."""
+    for p in range(len(at)):
+        slot = np.int64(table[p // block_size]) * block_size + p % block_size
+        at[p] = slot * kv_heads + head
+
+
+@helper
+def _run(sequence, positions, first, stop):  # noqa: ANN001, ANN202
+    """End of the rows from ``first`` on that belong to one sequence at rising positions."""
+    last = first + 1
+    while last < stop and sequence[last] == sequence[first] and positions[last] > positions[last - 1]:
+        last += 1
+    return last
+
+
+@helper
+def _items(counter, attend, addresses, sizes, size, window, scale):  # noqa: ANN001, ANN202
+    rows, heads, kv_heads, depth, _, block_size, sequences, max_blocks = sizes
+    q, k, v, _, _, _, out = addresses
+    tables = view2(addresses[3], sequences, max_blocks, I32)
+    sequence, positions = view1(addresses[4], rows, I32), view1(addresses[5], rows, I32)
+    group, at = heads // kv_heads, np.empty(np.int64(positions.max()) + 1, np.int64)
+    ranges, scores = np.empty(2 * size, np.int64), np.empty(size * group * len(at), np.float32)
+    while True:
+        item = take_next(counter)
+        first, head = item // kv_heads * size, item % kv_heads
+        if first >= rows:
+            return
+        stop = min(first + size, rows)
+        while first < stop:
+            last = _run(sequence, positions, first, stop)
+            count, length = last - first, np.int64(positions[last - 1]) + 1
+            _locate(tables[sequence[first]], block_size, kv_heads, head, at[:length])
+            for t in range(count):
+                end = np.int64(positions[first + t]) + 1
+                ranges[t], ranges[count + t] = max(0, end - window) if window else 0, end
+            skip = (first * heads + head * group) * depth * 4
+            rest = (count, heads, group, depth, length, scale)
+            call(attend, (q + skip, k, v, at, ranges, scores, out + skip, *rest))
+            first = last
+
+
+@helper
+def _known(addresses, sizes):  # noqa: ANN001, ANN202
     """Whether every block that a row will read exists: nothing outside the cache may be touched."""
-    sequences, max_blocks = tables.shape
-    for t in range(len(sequence)):
+    rows, _, _, _, blocks, block_size, sequences, max_blocks = sizes
+    tables = view2(addresses[3], sequences, max_blocks, I32)
+    sequence, positions = view1(addresses[4], rows, I32), view1(addresses[5], rows, I32)
+    for t in range(rows):
         s, used = sequence[t], positions[t] // block_size + 1
         if s < 0 or s >= sequences or positions[t] < 0 or used > max_blocks:
             return False
@@ -69,53 +124,20 @@ def _known(tables, sequence, positions, block_size, blocks):  # noqa: ANN001, AN
     return True
 
 
-@numba.njit(nogil=True)
-def _items(counter, q, k, v, tables, sequence, positions, block_size, kv_heads, size, scale, window, out):  # noqa: ANN001, ANN202
-    rows = len(positions)
-    heads = q.shape[0] // rows
-    group = heads // kv_heads
-    items = (rows + size - 1) // size * kv_heads
-    while True:
-        item = take_next(counter)
-        if item >= items:
-            return
-        first, kv_head = item // kv_heads * size, item % kv_heads
-        stop = min(first + size, rows)
-        while first < stop:
-            last = first + 1
-            while last < stop and sequence[last] == sequence[first] and positions[last] > positions[last - 1]:
-                last += 1
-            count = positions[last - 1] + 1
-            at = _cache_rows(tables[sequence[first]], block_size, kv_heads, kv_head, count)
-            queries, outputs = q[first * heads : last * heads], out[first * heads : last * heads]
-            _attend(
-                queries, k, v, at, positions[first:last], kv_head * group, group, scale, window, outputs
-            )
-            first = last
-
-
 @parallel_kernel
-def attention(threads, addresses, sizes, window, scale):  # noqa: ANN001, ANN201
-    """See ``Kernels.attention``. Returns False, having written nothing, when a row names no cache block.
+def attention(threads, attend, addresses, sizes, window, scale):  # noqa: ANN001, ANN201
+    """See ``Kernels.attention``. Returns False, having written nothing, when a row needs a block that there is not.
 
-    addresses: q, k, v, tables, sequence, positions, out; sizes: rows, heads, kv_heads, D, blocks, block_size, sequences,
-    max_blocks. fp32 and int32.
+    addresses: q, k, v, tables, sequence, positions, out (fp32 and int32); sizes: rows (at least 1), heads, kv_heads, D, blocks,
+    block_size, sequences, max_blocks.
     """
-    rows, heads, kv_heads, depth, blocks, block_size, sequences, max_blocks = sizes
-    q, out = view2(addresses[0], rows * heads, depth, FP32), view2(addresses[6], rows * heads, depth, FP32)
-    slots = blocks * block_size * kv_heads
-    k, v = view2(addresses[1], slots, depth, FP32), view2(addresses[2], slots, depth, FP32)
-    tables = view2(addresses[3], sequences, max_blocks, I32)
-    sequence, positions = view1(addresses[4], rows, I32), view1(addresses[5], rows, I32)
-    if not _known(tables, sequence, positions, block_size, blocks):
+    if not _known(addresses, sizes):
         return False
-    counter, narrow = np.zeros(1, np.int64), np.float32(scale)
-    size = ROW_GROUP if rows >= ROW_GROUP * threads else 1
+    counter = np.zeros(1, np.int64)
+    size = ROW_GROUP if sizes[0] >= ROW_GROUP * threads else 1
     if threads == 1:
-        _items(counter, q, k, v, tables, sequence, positions, block_size, kv_heads, size, narrow, window, out)
+        _items(counter, attend, addresses, sizes, size, window, scale)
     else:
         for _ in numba.prange(threads):
-            _items(
-                counter, q, k, v, tables, sequence, positions, block_size, kv_heads, size, narrow, window, out
-            )
+            _items(counter, attend, addresses, sizes, size, window, scale)
     return True

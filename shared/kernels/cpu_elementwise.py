@@ -6,11 +6,10 @@ reductions are the fixed-order ones of ``simd``.
 
 import math
 
-import numba
 import numpy as np
 
-from shared.kernels.jit import FP32, I32, I64, kernel, view1, view2, view3
-from shared.kernels.simd import bits_of, dot_block, from_bits, lane_max, lane_sum
+from shared.kernels.jit import FP32, I32, I64, helper, kernel, view1, view2, view3
+from shared.kernels.simd import bits_of, from_bits, lane_max, lane_sum
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 _MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, which is then in the low bits
@@ -27,7 +26,7 @@ _GELU_A, _GELU_B = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
 _SQRT_HALF = math.sqrt(0.5)
 
 
-@numba.njit(nogil=True)
+@helper
 def exp(x):  # noqa: ANN001, ANN201
     """e**x in fp32 within 2 ulp, NaN for NaN; Cephes expf (Moshier), with no branch, so that any lane gets the same bits."""
     x = _LOWEST if x < _LOWEST else x
@@ -43,7 +42,7 @@ def exp(x):  # noqa: ANN001, ANN201
     return y * from_bits(np.int32((half + 127) << 23)) * from_bits(np.int32((rest + 127) << 23))
 
 
-@numba.njit(nogil=True)
+@helper
 def activate(gate, up, kind):  # noqa: ANN001, ANN201
     """gate[k] = activation(gate[k]) * up[k] for fp32 rows."""
     if kind == SILU:
@@ -60,7 +59,7 @@ def activate(gate, up, kind):  # noqa: ANN001, ANN201
             gate[k] = _HALF * x * np.float32(1.0 + math.erf(x * _SQRT_HALF)) * up[k]
 
 
-@numba.njit(nogil=True)
+@helper
 def softmax(row, n, scale):  # noqa: ANN001, ANN201
     """row[k] = exp(scale * row[k] - largest) in place for k < n; returns the sum."""
     for k in range(n):
@@ -71,7 +70,7 @@ def softmax(row, n, scale):  # noqa: ANN001, ANN201
     return lane_sum(row, n)
 
 
-@numba.njit(nogil=True)
+@helper
 def _within(numbers, limit):  # noqa: ANN001, ANN202
     for t in range(len(numbers)):
         if numbers[t] < 0 or numbers[t] >= limit:
@@ -83,10 +82,11 @@ def _within(numbers, limit):  # noqa: ANN001, ANN202
 def rms_norm(x, weight, eps, y, rows, depth):  # noqa: ANN001, ANN201
     """y = x / sqrt(mean(x**2) + eps) * weight; fp32 addresses of [rows, depth], [depth] and [rows, depth]."""
     inputs, outputs, weights = view2(x, rows, depth, FP32), view2(y, rows, depth, FP32), view1(weight, depth, FP32)
-    square = np.empty((1, 1), np.float32)
+    squares = np.empty(depth, np.float32)
     for t in range(rows):
-        dot_block(inputs, t, 1, inputs, t, 0, 1, square, 0, 0)
-        factor = _ONE / np.sqrt(square[0, 0] / np.float32(depth) + np.float32(eps))
+        for k in range(depth):
+            squares[k] = inputs[t, k] * inputs[t, k]
+        factor = _ONE / np.sqrt(lane_sum(squares, depth) / np.float32(depth) + np.float32(eps))
         for k in range(depth):
             outputs[t, k] = inputs[t, k] * factor * weights[k]
 

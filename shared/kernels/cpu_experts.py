@@ -8,11 +8,11 @@ import numba
 import numpy as np
 
 from shared.kernels.cpu_elementwise import activate
-from shared.kernels.cpu_linear import COLUMN_BLOCK, KIND_FP32, new_panel, project, sequence
-from shared.kernels.jit import FP32, I32, I64, parallel_kernel, take_next, view1, view2
+from shared.kernels.cpu_linear import COLUMN_BLOCK, new_panel, sequence, weight_stride
+from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, take_next, view1, view2
 
 
-@numba.njit(nogil=True)
+@helper
 def _segments(ids):  # noqa: ANN001, ANN202
     """Where each run of equal ids starts, and the end."""
     starts = np.empty(len(ids) + 1, np.int64)
@@ -25,42 +25,49 @@ def _segments(ids):  # noqa: ANN001, ANN202
     return starts[: count + 1]
 
 
-@numba.njit(nogil=True)
-def _gate_up(counter, x, tokens, ids, starts, table, kind, activation, hidden):  # noqa: ANN001, ANN202
+@helper
+def _take_block(counter, starts, width):  # noqa: ANN001, ANN202
+    """The next work item: (segment or -1 at the end, first column, columns)."""
+    blocks = (width + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    item = take_next(counter)
+    first = item % blocks * COLUMN_BLOCK
+    segment = item // blocks if item < (len(starts) - 1) * blocks else -1
+    return segment, first, min(COLUMN_BLOCK, width - first)
+
+
+@helper
+def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, hidden):  # noqa: ANN001, ANN202
     """hidden[p] = activation(gate x) * (up x) for every part p."""
     depth, width = x.shape[1], hidden.shape[1]
-    blocks, stride = (width + COLUMN_BLOCK - 1) // COLUMN_BLOCK, depth * (4 if kind == KIND_FP32 else 2)
     panel, ups = new_panel(depth), np.empty((len(ids), COLUMN_BLOCK), np.float32)
     while True:
-        item = take_next(counter)
-        if item >= (len(starts) - 1) * blocks:
+        segment, first, cols = _take_block(counter, starts, width)
+        if segment < 0:
             return
-        segment, first = item // blocks, item % blocks * COLUMN_BLOCK
-        a, b, count = starts[segment], starts[segment + 1], min(COLUMN_BLOCK, width - first)
-        rows, expert = tokens[a:b], ids[a]
-        project(x, rows, table[expert, 0] + first * stride, kind, count, panel, hidden, a, first)
-        project(x, rows, table[expert, 1] + first * stride, kind, count, panel, ups, 0, 0)
+        a, b = starts[segment], starts[segment + 1]
+        expert, numbers, skip = ids[a], tokens[a:b], first * weight_stride(depth, kind)
+        gate, up, block = table[expert, 0] + skip, table[expert, 1] + skip, hidden[a:b, first:]
+        call(project, (x, numbers, b - a, gate, kind, cols, depth, panel, block, width))
+        call(project, (x, numbers, b - a, up, kind, cols, depth, panel, ups, COLUMN_BLOCK))
         for p in range(a, b):
-            activate(hidden[p, first : first + count], ups[p - a], activation)
+            activate(hidden[p, first : first + cols], ups[p - a], activation)
 
 
-@numba.njit(nogil=True)
-def _down(counter, hidden, parts, ids, starts, table, kind, out):  # noqa: ANN001, ANN202
+@helper
+def _down(counter, project, hidden, numbers, ids, starts, table, kind, out):  # noqa: ANN001, ANN202
     """out[p] = down hidden[p] for every part p."""
     depth, width = hidden.shape[1], out.shape[1]
-    blocks, stride = (width + COLUMN_BLOCK - 1) // COLUMN_BLOCK, depth * (4 if kind == KIND_FP32 else 2)
     panel = new_panel(depth)
     while True:
-        item = take_next(counter)
-        if item >= (len(starts) - 1) * blocks:
+        segment, first, cols = _take_block(counter, starts, width)
+        if segment < 0:
             return
-        segment, first = item // blocks, item % blocks * COLUMN_BLOCK
-        a, b, count = starts[segment], starts[segment + 1], min(COLUMN_BLOCK, width - first)
-        weights = table[ids[a], 2] + first * stride
-        project(hidden, parts[a:b], weights, kind, count, panel, out, a, first)
+        a, b = starts[segment], starts[segment + 1]
+        down, block = table[ids[a], 2] + first * weight_stride(depth, kind), out[a:b, first:]
+        call(project, (hidden, numbers[a:b], b - a, down, kind, cols, depth, panel, block, width))
 
 
-@numba.njit(nogil=True)
+@helper
 def _valid(tokens, ids, rows, table):  # noqa: ANN001, ANN202
     for p in range(len(ids)):
         if tokens[p] < 0 or tokens[p] >= rows or ids[p] < 0 or ids[p] >= len(table):
@@ -71,11 +78,11 @@ def _valid(tokens, ids, rows, table):  # noqa: ANN001, ANN202
 
 
 @parallel_kernel
-def experts(threads, addresses, sizes, kind, activation):  # noqa: ANN001, ANN201
+def experts(threads, project, addresses, sizes, kind, activation):  # noqa: ANN001, ANN201
     """See ``Kernels.experts``. Returns False, having written nothing, when an id or a token is not valid.
 
-    addresses: x, tokens, ids, table (int64 [experts, 3], 0 = not resident), out; sizes: rows, hidden, expert_hidden, parts,
-    experts.
+    addresses: x, tokens, ids, table (int64 [experts, 3], 0 = not resident), out; sizes: rows, hidden, expert_hidden, parts
+    (at least 1), experts.
     """
     rows, width, inner, count, known = sizes
     x, out = view2(addresses[0], rows, width, FP32), view2(addresses[4], count, width, FP32)
@@ -83,16 +90,14 @@ def experts(threads, addresses, sizes, kind, activation):  # noqa: ANN001, ANN20
     table = view2(addresses[3], known, 3, I64)
     if not _valid(tokens, ids, rows, table):
         return False
-    if count == 0:
-        return True
     starts, parts = _segments(ids), sequence(count)
-    hidden, counters = np.empty((count, inner), np.float32), np.zeros((2, 8), np.int64)
+    hidden, first, second = np.empty((count, inner), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64)
     if threads == 1:
-        _gate_up(counters[0], x, tokens, ids, starts, table, kind, activation, hidden)
-        _down(counters[1], hidden, parts, ids, starts, table, kind, out)
+        _gate_up(first, project, x, tokens, ids, starts, table, kind, activation, hidden)
+        _down(second, project, hidden, parts, ids, starts, table, kind, out)
     else:
         for _ in numba.prange(threads):
-            _gate_up(counters[0], x, tokens, ids, starts, table, kind, activation, hidden)
+            _gate_up(first, project, x, tokens, ids, starts, table, kind, activation, hidden)
         for _ in numba.prange(threads):
-            _down(counters[1], hidden, parts, ids, starts, table, kind, out)
+            _down(second, project, hidden, parts, ids, starts, table, kind, out)
     return True

@@ -1,8 +1,9 @@
 """How our numba kernels are compiled, and how threads share their work.
 
-Kernels take addresses and sizes as int64 and nothing else: one signature each, so that a call costs about a microsecond
-and two processes that fill the on-disk cache at the same time write the same thing. ``view1`` to ``view3`` turn an address
-into an array inside a kernel. There is no fastmath anywhere: LLVM may vectorise, but never reorder or fuse.
+Kernels take addresses and sizes as int64: one signature each, so that a call costs a few microseconds and two processes
+that fill the on-disk cache at the same moment write the same thing. ``view1`` to ``view3`` turn an address into an array.
+A *routine* is the expensive inner part of kernels: a C function that they call by its address, compiled only once.
+There is no fastmath anywhere: LLVM may vectorise, but never reorder or fuse.
 """
 
 from collections.abc import Callable
@@ -12,23 +13,53 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-# How weights look inside a kernel; the dtype of the view says how to widen it.
+# Element types of views; bf16 and fp16 have none in numba, integers of their size stand for them.
 BF16, FP16, FP32 = np.int16, np.uint16, np.float32
 I32, I64 = np.int32, np.int64
 
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+_OPTIONS = {"cache": True, "error_model": "numpy"}
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """A function that only other compiled functions call; compiled and cached as a part of them."""
+    return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile on the first call, or load from the cache."""
-    return numba.njit(**_OPTIONS)(function)
+    return numba.njit(nogil=True, **_OPTIONS)(function)
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Any:
     """Like ``kernel``, for functions with a ``prange`` over threads."""
-    return numba.njit(parallel=True, **_OPTIONS)(function)
+    return numba.njit(nogil=True, parallel=True, **_OPTIONS)(function)
+
+
+def routine(signature: str, function: Callable[..., Any]) -> Any:
+    """Compile a C function now, or load it from the cache; it lives as long as the result, and must not raise."""
+    return numba.cfunc(signature, nopython=True, **_OPTIONS)(function)
+
+
+@intrinsic
+def call(typing_context, address, args):  # noqa: ANN001, ANN201
+    """Call the routine at an address with the elements of a tuple; arrays are passed as their address, and kept alive."""
+
+    def codegen(context, builder, signature, values):  # noqa: ANN001, ANN202
+        def plain(kind: Any, value: Any) -> Any:
+            if not isinstance(kind, types.Array):
+                return value
+            return builder.ptrtoint(context.make_array(kind)(context, builder, value).data, ir.IntType(64))
+
+        elements = zip(args.types, cgutils.unpack_tuple(builder, values[1]), strict=True)
+        plains = [plain(kind, value) for kind, value in elements]
+        shape = ir.FunctionType(ir.VoidType(), [value.type for value in plains])
+        builder.call(builder.inttoptr(values[0], shape.as_pointer()), plains)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, args), codegen
 
 
 @intrinsic
@@ -42,7 +73,7 @@ def _pointer(typing_context, address, dtype):  # noqa: ANN001, ANN202
 
 
 @intrinsic
-def take_next(typing_context, counter):  # noqa: ANN001, ANN202
+def take_next(typing_context, counter):  # noqa: ANN001, ANN201
     """Atomically return counter[0] and add one: the next work item of a parallel kernel."""
 
     def codegen(context, builder, signature, args):  # noqa: ANN001, ANN202

@@ -81,7 +81,7 @@ class ReferenceKernels:
 
     def route(self, x: Tensor, weight: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
         scores = functional.linear(x, weight.to(x.dtype)).float().softmax(-1)
-        order = scores.sort(-1, descending=True, stable=True)
+        order = scores.sort(dim=-1, descending=True, stable=True)
         weights, ids = order.values[:, : router.top_k], order.indices[:, : router.top_k]
         if router.normalise:
             weights = weights / weights.sum(-1, keepdim=True)

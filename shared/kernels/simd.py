@@ -6,6 +6,7 @@ Tiles compute several such results side by side to reuse what they load; the bit
 tile, on the number of threads, or on whether the CPU has 512, 256 or 128 bit registers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding
@@ -27,6 +28,8 @@ def tile_shape() -> tuple[int, int]:
 
 
 TILE_ROWS, TILE_COLS = tile_shape()
+_STRIPS = {4: (4, 2, 1), 3: (3, 1)}
+_ZERO = ir.Constant(_I64, 0)
 
 
 def _splat_float(value: float) -> ir.Constant:
@@ -209,9 +212,10 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):  # noqa
                     builder.store(next(sums), builder.gep(target, [ir.Constant(_I64, c)]), align=4)
 
         def columns(n: Any, width: int) -> None:
-            _strips(builder, rows, TILE_ROWS, lambda m, height: tile(m, height, n, width))
+            heights = _STRIPS[TILE_ROWS] if width > 1 else (1,)
+            _strips(builder, _ZERO, rows, heights, lambda m, height: tile(m, height, n, width))
 
-        _strips(builder, last, TILE_COLS, columns, first, single=True)
+        _strips(builder, first, last, (TILE_COLS, 1), columns)
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -222,26 +226,13 @@ def _plus(builder: ir.IRBuilder, value: Any, constant: int) -> Any:
     return builder.add(value, ir.Constant(_I64, constant))
 
 
-def _strips(
-    builder: ir.IRBuilder, stop: Any, size: int, body: Any, start: Any = None, single: bool = False
-) -> None:
-    """``body(i, size)`` for whole strips of start .. stop; what is left in one piece, or ``single`` ones."""
-
-    def whole(i: Any, _: list[Any]) -> list[Any]:
-        body(i, size)
-        return []
-
-    start = ir.Constant(_I64, 0) if start is None else start
-    count = builder.sub(stop, start)
-    left = builder.srem(count, ir.Constant(_I64, size))
-    end = builder.sub(stop, left)
-    _loop(builder, start, end, size, [], whole)
-    if single:
-        _loop(builder, end, stop, 1, [], lambda i, _: body(i, 1) or [])
-        return
-    for rest in range(1, size):
-        with builder.if_then(builder.icmp_signed("==", left, ir.Constant(_I64, rest))):
-            body(end, rest)
+def _strips(builder: ir.IRBuilder, start: Any, stop: Any, sizes: Sequence[int], body: Any) -> None:
+    """``body(i, size)`` over start .. stop - 1 in strips of the first size, then what is left in the next, down to 1."""
+    for size in sizes:
+        left = builder.srem(builder.sub(stop, start), ir.Constant(_I64, size))
+        end = builder.sub(stop, left)
+        _loop(builder, start, end, size, [], lambda i, _, size=size: body(i, size) or [])
+        start = end
 
 
 @intrinsic
@@ -270,7 +261,7 @@ def mix_block(typing_context, p, i, rows, first, last, v, vi, y, j, d, lanes):  
             for total, row in zip(sums, ys, strict=True):
                 _store(builder, total, out.element(row, d), mask)
 
-        _strips(builder, rows, 2 * TILE_ROWS, strip)
+        _strips(builder, _ZERO, rows, _STRIPS[TILE_ROWS], strip)
         return context.get_dummy_value()
 
     i64 = types.int64
