@@ -33,6 +33,7 @@ class ServerLimits:
 
     hidden: int
     dtype: torch.dtype
+    """What is computed in; rows of another dtype are converted."""
     max_rows: int
     experts: int
     """Routed experts per layer."""
@@ -43,7 +44,6 @@ class KnownPlacement:
     """A placement whose homes here are loaded, in the form that the compute thread wants."""
 
     version: int
-    epoch: int
     instance: int
     """Our index in it; -1 when it does not name us."""
     homes: Mapping[int, NDArray[np.uint64]]
@@ -52,7 +52,7 @@ class KnownPlacement:
     def of(cls, placement: Placement, instance: str) -> "KnownPlacement":
         ids = placement.instances
         index = ids.index(instance) if instance in ids else -1
-        return cls(placement.version, placement.epoch, index, layer_homes(placement))
+        return cls(placement.version, index, layer_homes(placement))
 
 
 @dataclass
@@ -99,7 +99,7 @@ class ExpertServer:
         self._mesh, self._incarnation = mesh, incarnation
         self._record = record
         self._row_of = {layer: row for row, layer in enumerate(sorted(layers))}
-        self._placements: dict[tuple[int, int], KnownPlacement] = {}  # by (epoch, version)
+        self._placements: dict[int, KnownPlacement] = {}  # by version; a new epoch may write it again, unchanged
         self._peers: dict[int, tuple[bytes, Peer]] = {}  # by incarnation
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
         self._stopped = threading.Event()
@@ -110,13 +110,17 @@ class ExpertServer:
 
     def adopt(self, placements: Iterable[KnownPlacement]) -> Future[None]:
         """Answer exchanges of these placements only; done when no exchange of another one is being computed."""
-        table = {(known.epoch, known.version): known for known in placements}
+        table = {known.version: known for known in placements}
         return self._order(lambda: setattr(self, "_placements", table))
 
     def detach(self, incarnations: Iterable[int]) -> Future[None]:
         """Forget attention instances that are gone."""
         gone = frozenset(incarnations)
         return self._order(lambda: self._detach(gone))
+
+    def idle_for(self) -> float:
+        """Seconds since the last frame."""
+        return time.monotonic() - self._last_frame
 
     def stop(self) -> None:
         self._stopped.set()
@@ -144,8 +148,7 @@ class ExpertServer:
         """Serve until ``stop``; the caller closes the transport."""
         while not self._stopped.is_set():
             self._obey()
-            busy = time.monotonic() - self._last_frame < BUSY_S
-            incoming = self._transport.receive(IDLE_S, busy)
+            incoming = self._transport.receive(IDLE_S, busy=self.idle_for() < BUSY_S)
             if incoming is not None:
                 self._take(incoming)
         self._obey()
@@ -190,7 +193,7 @@ class ExpertServer:
             return
         self.stats.bytes_received += header.row_bytes
         problem = self._wrong_with(header)
-        placement = self._placements.get((header.epoch, header.placement))
+        placement = self._placements.get(header.placement)
         if problem:
             self._refuse(known[1], header, Refusal.BAD_REQUEST, problem)
         elif placement is None:
@@ -204,24 +207,24 @@ class ExpertServer:
         limits = self._limits
         if header.layer not in self._layers:
             return f"layer {header.layer} has no routed experts"
-        if header.columns != limits.hidden or DTYPES[header.dtype] is not limits.dtype:
-            return f"rows of {header.columns} {DTYPES[header.dtype]}, not {limits.hidden} {limits.dtype}"
+        if header.columns != limits.hidden:
+            return f"rows of {header.columns} columns, the model has {limits.hidden}"
         if header.rows > limits.max_rows:
             return f"{header.rows} rows, the limit here is {limits.max_rows} (--max-batched-tokens)"
         return ""
 
     def _answer(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
         header, start = incoming.header, time.time_ns()
-        layer = self._layers[header.layer]
+        layer, rows = self._layers[header.layer], incoming.rows.to(self._limits.dtype)
         try:
             homes = placement.homes[header.layer]
-            plan = plan_parts(layer, incoming.rows, homes, header.live, placement.instance)
+            plan = plan_parts(layer, rows, homes, header.live, placement.instance)
         except NoLiveHome as error:
             self._refuse(peer, header, Refusal.NO_HOME, str(error))
             return
         parts = len(plan.tokens)
         frame = self._transport.outgoing(parts * PARTS.itemsize, parts, self._limits.hidden, torch.float32)
-        compute_parts(layer, incoming.rows, plan, frame.rows)
+        compute_parts(layer, rows, plan, frame.rows)
         write_parts(frame.meta, plan.tokens, plan.experts, plan.weights)
         reply = self._reply(FrameKind.COMBINE, header)
         reply.digest = plan.digest
