@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 from services.gateway.errors import BadRequest
 from shared.errors import ModelError
@@ -26,6 +27,22 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Dict:
+    """``dict`` for templates: makes one, and has nothing else to offer."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+
+class _Namespace(Namespace):
+    """``namespace`` for templates, without attributes that reach into Python."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a template may not set the attribute {name!r}")
+        super().__setitem__(name, value)
 
 
 def _raise(message: str) -> None:
@@ -46,6 +63,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     env.filters["tojson"] = _to_json
     env.globals["raise_exception"] = _raise
+    env.globals["dict"] = _Dict()
+    env.globals["namespace"] = _Namespace
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # the local date is meant
     return env
 
@@ -77,7 +96,7 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise BadRequest(f"the model's chat template refused these messages: {error}", "messages") from error
 
 

@@ -28,9 +28,9 @@ def main(config: GatewayConfig) -> int:
     return run(serve(config), config)
 
 
-async def serve(config: GatewayConfig) -> None:
+async def serve(config: GatewayConfig, signals: bool = True) -> None:
     """The whole life of a gateway. Raises ConfigError, ModelError and BusUnavailable before it is READY."""
-    async with Instance(Kind.GATEWAY, config) as instance:
+    async with Instance(Kind.GATEWAY, config, signals) as instance:
         await instance.say("reading the tokenizer")
         source = open_source(config.model)
         model = served_model(source, config.served_model_name)

@@ -11,7 +11,7 @@ Loc = tuple[int | str, ...]
 
 
 def describe(errors: list[Any]) -> tuple[str, str | None]:
-    """(message, first field) for pydantic's ``errors()``; unknown fields come first, they explain the rest."""
+    """(message, first field without indices) for pydantic's ``errors()``; unknown fields come first."""
     ordered = sorted(_telling(errors), key=lambda e: e["type"] != "extra_forbidden")
     reasons: dict[str, str] = {}
     for error in ordered:
@@ -19,7 +19,7 @@ def describe(errors: list[Any]) -> tuple[str, str | None]:
     lines = [f"{path}: {reason}" if path else reason for path, reason in list(reasons.items())[:SHOWN]]
     if len(reasons) > SHOWN:
         lines.append(f"and {len(reasons) - SHOWN} more")
-    return "; ".join(lines), next((path for path in reasons if path), None)
+    return "; ".join(lines), next((path.split("[")[0] for path in reasons if path), None)
 
 
 def field_path(loc: Loc) -> str:

@@ -25,14 +25,14 @@ LIMIT_S = 30.0
 async def until(condition: Callable[[], Any], limit: float = LIMIT_S) -> Any:
     """Wait until ``condition()`` is true; returns its value."""
     async with asyncio.timeout(limit):
-        while not (value := condition()):
+        while not (value := condition()):  # noqa: ASYNC110  (any condition, not only events)
             await asyncio.sleep(0.01)
         return value
 
 
 async def until_async(condition: Callable[[], Awaitable[bool]], limit: float = LIMIT_S) -> None:
     async with asyncio.timeout(limit):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -83,7 +83,7 @@ async def fake_mesh(directory: Path, attention: int = 1, **settings: Any) -> Asy
             await running.add(id=f"attention-{number}")
         stack.push_async_callback(_stop_fakes, running)
         config = GatewayConfig(mesh=mesh, nats=nats.url, port=0, node="test", **settings)
-        task = asyncio.create_task(gateway_main.serve(config))
+        task = asyncio.create_task(gateway_main.serve(config, signals=False))
         stack.push_async_callback(_stop, task)
         gateway = await until(lambda: task.done() or members.ready(Kind.GATEWAY))
         if task.done():
@@ -107,28 +107,28 @@ async def _stop_fakes(mesh: FakeMesh) -> None:
 @contextmanager
 def in_thread(directory: Path, **settings: Any) -> Iterator[FakeMesh]:
     """The same in a loop on a thread of its own, for synchronous tests."""
-    loop = asyncio.new_event_loop()
-    started: list[FakeMesh] = []
-    up, down = threading.Event(), asyncio.Event()
+    started: list[tuple[FakeMesh, asyncio.AbstractEventLoop, asyncio.Event]] = []
+    up = threading.Event()
 
     async def life() -> None:
+        down = asyncio.Event()
         async with fake_mesh(directory, **settings) as mesh:
-            started.append(mesh)
+            started.append((mesh, asyncio.get_running_loop(), down))
             up.set()
             await down.wait()
 
     def target() -> None:
         try:
-            loop.run_until_complete(life())
+            asyncio.run(life())
         finally:
             up.set()
-            loop.close()
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     assert up.wait(LIMIT_S) and started, "the gateway did not start"
+    mesh, loop, down = started[0]
     try:
-        yield started[0]
+        yield mesh
     finally:
         loop.call_soon_threadsafe(down.set)
         thread.join(LIMIT_S)

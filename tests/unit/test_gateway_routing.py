@@ -1,0 +1,46 @@
+"""Which attention instance gets a request."""
+
+from services.gateway.routing import context_length, ranked, why_not
+from shared.membership import Member
+from shared.messages import AttentionFacts, Heartbeat, Kind, ModelFacts, State
+
+FACTS = {"max_model_len": 100, "kv_blocks": 1, "block_size": 16, "max_num_seqs": 4, "placement": 1}
+
+
+def member(id: str, outstanding=0, digest="d", state=State.READY, suspect=False, **facts) -> Member:
+    model = ModelFacts(name="m", digest=digest, layers=1, moe_layers=(0,), experts=4, top_k=2)
+    attention = AttentionFacts(**(FACTS | {"outstanding_tokens": outstanding} | facts))
+    beat = Heartbeat(kind=Kind.ATTENTION, id=id, incarnation=1, state=state, node="n", model=model, attention=attention)
+    return Member(beat, 0.0, suspect)
+
+
+def order(*members, **own):
+    return [m.id for m in ranked(members, "d", own)]
+
+
+def test_fewest_outstanding_tokens_first_ties_by_id():
+    """Worked example: b has 5 + 10 of our own, c has 20, a and d have 12."""
+    assert order(member("b", 5), member("c", 20), member("d", 12), member("a", 12), b=10) == ["a", "d", "b", "c"]
+
+
+def test_unusable_instances_are_left_out():
+    unusable = [
+        member("other", digest="x"),
+        member("starting", state=State.STARTING),
+        member("draining", state=State.DRAINING),
+        member("unplaced", placement=0),
+        member("stalled", stalled=True),
+    ]
+    assert order(*unusable, member("ok")) == ["ok"]
+    for one in unusable:
+        reason = why_not(one, "d")
+        assert reason and one.id in reason
+
+
+def test_silent_instances_come_last():
+    assert order(member("a", suspect=True), member("b", 1000)) == ["b", "a"]
+
+
+def test_the_context_is_what_everyone_takes():
+    assert context_length([member("a"), member("b", max_model_len=50)], "d") == 50
+    assert context_length([member("a", digest="x")], "d") is None
