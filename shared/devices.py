@@ -15,6 +15,8 @@ from typing import Protocol
 
 from shared.errors import BusUnavailable, ConfigError
 
+LEASE_BUCKET = "moemesh-devices"
+"""Of all meshes on one NATS, because they share the hosts."""
 LEASE_TTL_S = 10.0
 """Time to live of a lease: how long the GPU of an instance that crashed stays reserved."""
 RENEW_S = LEASE_TTL_S / 3

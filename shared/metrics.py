@@ -31,6 +31,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "kv_blocks": ("gauge", "KV blocks of this instance."),
     "kv_blocks_used": ("gauge", "KV blocks that sequences hold."),
     "exchange_seconds": ("histogram", "From dispatch to the last combined part of one exchange."),
+    "compute_seconds": ("counter", "Time that experts spent on exchanges, waiting for frames excluded."),
     "exchange_bytes": ("counter", "Bytes of frames on the data plane, by direction."),
     "exchange_repeats": ("counter", "Exchanges that were sent again."),
     "frames_dropped": ("counter", "Frames thrown away, by reason."),

@@ -9,14 +9,11 @@ from functools import partial
 from typing import cast
 
 from shared.config import AttentionConfig, load_config
-from shared.devices import LEASE_TTL_S, CudaDevices, LeaseStore, lease_device
+from shared.devices import LEASE_BUCKET, LEASE_TTL_S, CudaDevices, LeaseStore, lease_device
 from shared.kernels.threads import thread_environment
 from shared.lifecycle import Instance, run
 from shared.messages import Kind
 from shared.metrics import Sample
-
-LEASE_BUCKET = "moemesh-devices"
-"""Of all meshes on one NATS, because they share the hosts."""
 
 
 async def serve(config: AttentionConfig, threads: int) -> None:

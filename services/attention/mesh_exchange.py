@@ -99,8 +99,10 @@ class MeshExchange:
             raise ExchangeUnavailable(layer, self._targets.absent(), "some experts have no home to ask")
         self._sequence += 1
         kept = self._keep(staged.rows)
-        give_up = time.monotonic() + self._give_up
-        pending = Pending(layer, self._sequence, len(staged.rows), kept, give_up, self._deadline, self._pause)
+        now = time.monotonic()
+        pending = Pending(
+            layer, self._sequence, len(staged.rows), kept, now, now + self._give_up, self._deadline, self._pause
+        )
         pending.trace = trace
         self._inbox.open[pending.sequence] = pending
         self._aim(pending)
@@ -114,6 +116,7 @@ class MeshExchange:
             rows = [reply.rows for reply in handle.replies.values()]
             self._kernels.combine(x, rows, *self._arrangement.tensors(x.device))
             self._stats.exchanges += 1
+            self._stats.seconds.observe(time.monotonic() - handle.started)
         except ExchangeUnavailable:
             self._stats.unavailable += 1
             raise
@@ -255,7 +258,9 @@ class MeshExchange:
         self._probe_at = now + self._deadline
         self._hello(self._targets.peers(suspects))
         layer = next(iter(self._targets.homes))
-        self._send(Pending(layer, 0, 0, torch.empty(0), now, 0.0, 0.0, self._targets.live), suspects, self.stage(0))
+        self._send(
+            Pending(layer, 0, 0, torch.empty(0), now, now, 0.0, 0.0, self._targets.live), suspects, self.stage(0)
+        )
 
     def _receive(self, timeout: float, busy: bool = True) -> bool:
         incoming = self._transport.receive(max(timeout, 0.0), busy)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from services.attention.replies import PART_BYTES
 from services.attention.targets import Targets
+from shared.metrics import Buckets
 from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Refusal
 
@@ -26,6 +27,8 @@ class ExchangeStats:
     exchanges: int = 0
     unavailable: int = 0
     waited: float = 0.0
+    seconds: Buckets = field(default_factory=Buckets)
+    """From dispatch to the last combined part; not copied."""
     bytes_sent: int = 0
     bytes_received: int = 0
     repeats: Counter[str] = field(default_factory=Counter)
@@ -56,6 +59,8 @@ class Pending:
     rows: int
     kept: Tensor
     """The rows, for repeats; at least [rows, hidden]."""
+    started: float
+    """Monotonic time of the dispatch."""
     give_up: float
     """Monotonic time after which nothing is repeated."""
     patience: float

@@ -23,6 +23,8 @@ from shared.messages import Placement
 from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Refusal, Transport
 
+Record = Callable[[tuple[bytes, bytes], int, int, int, int], None]
+"""Called after a traced exchange: (trace and span id, start ns, end ns, layer, parts)."""
 IDLE_S = 0.1
 BUSY_S = 1.0  # after a frame, receive sleeps in short slices for so long
 
@@ -80,7 +82,7 @@ class ExpertServer:
         layers: by checkpoint index.
         mesh: hash of mesh name and model digest.
         incarnation: of this process.
-        record: called after every traced exchange with (trace and span id, start ns, end ns, layer, parts).
+        record: see ``Record``.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class ExpertServer:
         *,
         mesh: int,
         incarnation: int,
-        record: Callable[[tuple[bytes, bytes], int, int, int, int], None] | None = None,
+        record: Record | None = None,
     ) -> None:
         self._transport = transport
         self._layers = layers

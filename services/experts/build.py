@@ -1,0 +1,110 @@
+"""Makes an instance's server and store out of its settings: kernels, gates, data plane; compiles everything.
+
+All of it happens in the compute thread, to which the data plane belongs from then on.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from services.experts.compute import compute_parts, plan_parts
+from services.experts.server import ExpertServer, Record, ServerLimits
+from services.experts.store import ExpertStore
+from shared.activation import PARTS, mesh_hash, write_parts
+from shared.config import ExpertsConfig
+from shared.kernels.base import select_kernels
+from shared.models.layout import tensor_name
+from shared.models.loader import Checkpoint
+from shared.models.moe import MoeLayer
+from shared.models.spec import ModelSpec
+from shared.transport.base import Transport, body_offset
+from shared.transport.ucx import UcxTransport
+
+Say = Callable[[str], None]
+"""Progress, one line for a person."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this process is."""
+
+    mesh: str
+    id: str
+    incarnation: int
+
+
+@dataclass
+class Built:
+    """Everything the main thread needs to know."""
+
+    server: ExpertServer
+    store: ExpertStore
+    transport: Transport
+
+    def run(self) -> None:
+        """The compute thread's work until ``server.stop``."""
+        with closing(self.transport), torch.inference_mode():
+            self.server.run()
+
+
+def compute_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """Of rows and, off the CPU, of weights: what the checkpoint stores there, float32 on the CPU."""
+    if device.type == "cpu":
+        return torch.float32
+    return checkpoint.tensor(tensor_name(checkpoint.spec, "embed", 0, 0)).dtype
+
+
+def longest_frame(rows: int, spec: ModelSpec) -> int:
+    """Bytes of the largest frame of an exchange of ``rows`` rows: a reply with every part of every row, in fp32."""
+    parts = rows * spec.router.top_k
+    return body_offset(parts * PARTS.itemsize) + parts * spec.hidden * 4
+
+
+def build(
+    config: ExpertsConfig, checkpoint: Checkpoint, device: torch.device, threads: int, identity: Identity,
+    record: Record, say: Say,
+) -> Built:  # fmt: skip
+    """Raises ModelError and TransportError."""
+    spec = checkpoint.spec
+    dtype = compute_dtype(device, checkpoint)
+    kernels = select_kernels(device, threads)
+    say("loading gates")
+    make = partial(MoeLayer, checkpoint, kernels, device, dtype)
+    layers = {index: make(index) for index in spec.moe_layers}
+    say("compiling kernels")
+    with torch.inference_mode():
+        warm_up(make(spec.moe_layers[0]), spec, device, dtype)
+    transport = UcxTransport(longest_frame(config.max_batched_tokens, spec), device, config.ucx_tls)
+    server = ExpertServer(
+        transport,
+        layers,
+        ServerLimits(spec.hidden, dtype, config.max_batched_tokens, spec.router.experts),
+        mesh=mesh_hash(identity.mesh, checkpoint.digest),
+        incarnation=identity.incarnation,
+        record=record,
+    )
+    store = ExpertStore(
+        layers,
+        instance=identity.id,
+        slots=config.slots,
+        digest=checkpoint.digest,
+        experts=spec.router.experts,
+    )
+    return Built(server, store, transport)
+
+
+def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """Compile every kernel of an exchange, or load it from the cache on disk; ``layer`` is a spare one."""
+    layer.load(range(spec.router.experts))
+    everywhere = np.ones(spec.router.experts, np.uint64)
+    for rows in (1, 8):
+        x = torch.ones(rows, spec.hidden, device=device, dtype=dtype)
+        plan = plan_parts(layer, x, everywhere, live=1, instance=0)
+        out = torch.empty(len(plan.tokens), spec.hidden, device=device)
+        compute_parts(layer, x, plan, out)
+        meta = np.empty(len(plan.tokens) * PARTS.itemsize, np.uint8)
+        write_parts(meta, plan.tokens, plan.experts, plan.weights)
