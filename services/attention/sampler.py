@@ -38,7 +38,8 @@ def choose(logits: np.ndarray, sequences: Many[Sequence]) -> list[Choice]:
 
 def token_logprobs(logits: np.ndarray, tokens: np.ndarray, tops: Many[int]) -> list[TokenLogprobs | None]:
     """Log-probabilities of ``tokens`` int64 [R] and the ``tops[r]`` best alternatives; None for a row with a NaN."""
-    values, ranks, top_ids, top = logprob_rows(logits, tokens, max(tops, default=0))
+    most = min(max(tops, default=0), logits.shape[1])
+    values, ranks, top_ids, top = logprob_rows(logits, tokens, most)
     return [
         None
         if np.isnan(values[row])

@@ -6,6 +6,7 @@ skipped recomputation changes the output.
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from services.attention.engine import Engine
 from services.attention.kv_cache import BlockPool
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
-from shared.messages import Decision, SamplingParams, Submit, TokenDelta
+from shared.messages import SamplingParams, Submit, TokenDelta
 from shared.models.decoder import KvCache
 
 VOCAB = 50
@@ -40,11 +41,11 @@ class ToyDecoder:
 
     def attend(self, layer, x, step, cache, out):
         cache.k[layer][step.slots] = x[:, 0]
-        for t, position in enumerate(step.positions.tolist()):
-            seen = torch.arange(position + 1)
-            blocks = step.tables[step.sequence[t].item()].long()[seen // self.block_size]
-            past = cache.k[layer][blocks * self.block_size + seen % self.block_size]
-            x[t, 0] = (x[t, 0] + (past * (seen * 31 + 7)).sum()) % PRIME
+        seen = torch.arange(int(step.positions.max()) + 1)
+        blocks = step.tables[step.sequence.long()].long()[:, seen // self.block_size]
+        past = cache.k[layer][blocks * self.block_size + seen % self.block_size]
+        past = past * (seen * 31 + 7) * (seen <= step.positions[:, None])
+        x.copy_((x + past.sum(dim=1, keepdim=True)) % PRIME)
         out.copy_(x)
 
     def dense(self, layer, rows, x):
@@ -94,12 +95,12 @@ class ToyExchange:
 class Received:
     """What a gateway would know of one request after putting its deltas in order."""
 
-    tokens: list = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     prompt_logprobs: list = field(default_factory=list)
     finish: str | None = None
     stop_token: int | None = None
-    error: Decision | None = None
+    error: Any = None
     finishes: int = 0
 
     def take(self, delta: TokenDelta, first: int):
@@ -117,16 +118,16 @@ class ToyEngine:
     """The real engine with toy parts, a clock that is set by hand and a gateway that remembers."""
 
     def __init__(self, poison=(), no_home_deadline=30.0, **limits):
-        defaults = {
+        defaults: dict[str, Any] = {
             "max_model_len": 200, "max_num_seqs": 8, "max_batched_tokens": 16, "max_waiting": 1000,
             "vocab_size": VOCAB, "kv_blocks": 100, "block_size": 4,
         }  # fmt: skip
         self.limits = Limits(**{**defaults, **limits})
         self.now = 1000.0
-        self.exchange = ToyExchange()
+        self.exchange: Any = ToyExchange()
         self.pool = BlockPool(self.limits.kv_blocks, self.limits.block_size)
         self.batcher = Batcher(self.limits, self.pool)
-        decoder = ToyDecoder(self.limits.block_size, poison)
+        decoder: Any = ToyDecoder(self.limits.block_size, poison)
         cache = decoder.new_cache(self.limits.kv_blocks)
         runner = ModelRunner(decoder, cache, self.exchange, self.limits.block_size)
         self.engine = Engine(runner, self.exchange, self.batcher, self._emit, no_home_deadline, lambda: self.now)
@@ -140,7 +141,7 @@ class ToyEngine:
             self.sent.append((gateway, delta))
             self.received[delta.request_id].take(delta, self.first[delta.request_id])
 
-    def submit(self, request_id, prompt, output=(), gateway="g", deadline_s=100.0, **sampling):
+    def submit(self, request_id, prompt, output=(), gateway="g", deadline_s=100.0, **sampling: Any):
         self.received.setdefault(request_id, Received())
         self.first.setdefault(request_id, len(output))
         params = SamplingParams(**{"max_tokens": 8, "temperature": 0, **sampling})
@@ -158,7 +159,7 @@ class ToyEngine:
                 return count
         raise AssertionError(f"still busy after {most} turns")
 
-    def run(self, request_id, prompt, output=(), **sampling):
+    def run(self, request_id, prompt, output=(), **sampling: Any):
         decision = self.submit(request_id, prompt, output, **sampling)
         assert decision.ok, decision
         self.turns()
@@ -169,6 +170,6 @@ def int32(tokens) -> bytes:
     return np.array(tokens, dtype="<i4").tobytes()
 
 
-def alone(prompt, output=(), **sampling) -> Received:
+def alone(prompt, output=(), **sampling: Any) -> Received:
     """The request by itself in a roomy engine."""
     return ToyEngine(max_batched_tokens=1000).run("alone", prompt, output, **sampling)
