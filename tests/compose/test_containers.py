@@ -1,0 +1,77 @@
+"""Guards the image and the compose files: a mesh of containers serves, and scales while it serves."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.compose.engine import Engine
+
+pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
+
+URL = "http://127.0.0.1:8000"
+READY_LIMIT_S = 240.0
+QUESTION = {"prompt": "In the beginning", "max_tokens": 24, "temperature": 0}
+
+
+@pytest.fixture
+def mesh(engine: Engine) -> Iterator[Engine]:
+    """One gateway, scheduler and attention instance and two of experts; shows their logs when the test fails."""
+    try:
+        engine.compose("up", "--detach", "--no-build", "--scale", "experts=2")
+        yield engine
+        print(engine.compose("logs", "--no-color", "--tail", "40"))
+    finally:
+        engine.compose("down", "--volumes", "--timeout", "20")
+
+
+def until(engine: Engine, what: str, holds: Callable[[], bool]) -> None:
+    """Fails, with the logs, when ``what`` does not come to hold in time."""
+    deadline = time.monotonic() + READY_LIMIT_S
+    while not holds():
+        if time.monotonic() > deadline:
+            logs = engine.compose("logs", "--no-color", "--tail", "40")
+            pytest.fail(f"not {what} within {READY_LIMIT_S:.0f} s:\n{engine.compose('ps')}\n{logs}")
+        time.sleep(0.5)
+
+
+def status(engine: Engine) -> dict[str, Any]:
+    """What ``moemesh status`` says inside the mesh."""
+    return json.loads(engine.compose("exec", "-T", "gateway", "moemesh", "status", "--json"))
+
+
+def serving_experts(engine: Engine) -> int:
+    """READY expert instances that are homes and hold the placement that attention uses now."""
+    report = status(engine)
+    homes = (report["placement"] or {"homes": {}})["homes"]
+    used = {row["facts"].get("placement") for row in report["instances"] if row["kind"] == "attention"}
+    experts = [row for row in report["instances"] if row["kind"] == "experts" and row["state"] == "ready"]
+    return sum(homes.get(row["id"], 0) > 0 and {row["facts"]["placement"]} == used for row in experts)
+
+
+def complete(engine: Engine) -> str:
+    code, text = engine.ask(f"{URL}/v1/completions", QUESTION)
+    assert code == 200, text
+    return json.loads(text)["choices"][0]["text"]
+
+
+def test_a_mesh_of_containers_serves_and_scales_from_two_to_three_expert_instances(mesh: Engine):
+    until(mesh, "ready", lambda: mesh.ask(f"{URL}/ready", limit_s=5)[0] == 200)
+    until(mesh, "served by two", lambda: serving_experts(mesh) == 2)
+    first = complete(mesh)
+    assert len(first) > 10
+    mesh.compose("up", "--detach", "--no-build", "--no-recreate", "--scale", "experts=3")
+    until(mesh, "served by three", lambda: serving_experts(mesh) == 3)
+    assert complete(mesh) == first
+
+    nodes = {row["node"] for row in status(mesh)["instances"]}
+    assert len(nodes) == 1, "containers of one host are one node"
+    user = mesh.compose("exec", "-T", "experts", "id", "--user").strip()
+    assert user != "0"
+
+
+def test_one_image_explains_every_service(engine: Engine):
+    text = engine.command("docker", "run", "--rm", "--network", "none", "moemesh-test", "--help")
+    assert all(kind in text for kind in ("gateway", "attention", "experts", "scheduler"))
