@@ -1,11 +1,13 @@
 """kill -9 of any service: nobody waits for ever, nothing changes that should not, and the mesh serves again."""
 
+import asyncio
 import concurrent.futures
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
+from shared.cli.client import ApiError, stream_completion
 from tests.mesh import RunningMesh, running_mesh
 
 BODY = {"prompt": "In the beginning God created", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
@@ -41,8 +43,6 @@ def serves_again(mesh: RunningMesh, expected: str) -> None:
 
 
 async def pause(seconds: float) -> None:
-    import asyncio
-
     await asyncio.sleep(seconds)
 
 
@@ -53,8 +53,6 @@ def streams(mesh: RunningMesh, count: int) -> list[concurrent.futures.Future[str
 
 
 def joined_stream(url: str) -> str:
-    from shared.cli.client import stream_completion
-
     return "".join(stream_completion(url, dict(BODY)))
 
 
@@ -77,8 +75,8 @@ def test_killing_attention_under_streams_leaves_no_client_waiting(mesh: RunningM
     for future in running:
         try:
             assert future.result(180) == expected
-        except Exception as error:
-            assert "error" in type(error).__name__.lower(), error
+        except ApiError as error:
+            print("a stream ended with an error:", error)
     serves_again(mesh, expected)
 
 
