@@ -17,7 +17,6 @@ from shared.http_side import ANY_ADDRESS
 from shared.lifecycle import Instance, run
 from shared.messages import Kind
 from shared.models.source import open_source
-from shared.telemetry import Telemetry
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -35,10 +34,9 @@ async def serve(config: GatewayConfig, signals: bool = True) -> None:
         source = open_source(config.model)
         model = served_model(source, config.served_model_name)
         await instance.join(source.facts())
-        telemetry = _telemetry(config, instance)
         router = Router(instance.bus, instance.members, config.mesh, instance.id, model.digest)
         await router.start()
-        gateway = Gateway(config, model, router, telemetry)
+        gateway = Gateway(config, model, router, instance.telemetry)
         with _listening(config) as listener:
             server = _server(build_app(gateway, config, instance.heartbeat().version), config)
             serving = instance.spawn(server.serve([listener]), "http")
@@ -48,7 +46,6 @@ async def serve(config: GatewayConfig, signals: bool = True) -> None:
             server.should_exit = True  # accepts nobody new, lets open requests finish for drain_s
             await serving
         await router.close()
-        telemetry.shutdown()
 
 
 class _Server(uvicorn.Server):
@@ -71,17 +68,6 @@ def _server(app: ASGIApp, config: GatewayConfig) -> _Server:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(int(config.drain_s), 1),
         )
-    )
-
-
-def _telemetry(config: GatewayConfig, instance: Instance) -> Telemetry:
-    return Telemetry(
-        Kind.GATEWAY.value,
-        instance.id,
-        config.mesh,
-        endpoint=config.otlp_endpoint,
-        ratio=config.trace_ratio,
-        trace_layers=config.trace_layers,
     )
 
 

@@ -52,28 +52,31 @@ class TokenLog:
     """All tokens of one choice by position; repeats are dropped, gaps are noticed.
 
     Args:
-        prompt_logprobs: whether the first delta must bring them.
+        prompt_logprobs: how many log-probabilities of prompt tokens have to come before the first token.
     """
 
-    def __init__(self, prompt_logprobs: bool = False) -> None:
+    def __init__(self, prompt_logprobs: int = 0) -> None:
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.error: Decision | None = None
-        self._wants_prompt = prompt_logprobs
+        self._prompt_wanted = prompt_logprobs
+        self._prompt: list[TokenLogprobs] = []
         self._news = Update()
 
     def apply(self, delta: TokenDelta) -> bool:
-        """Take in a delta. False: something before it is missing, and nothing was taken."""
-        if self.finish or (delta.finish == "error" and delta.position != len(self.tokens)):
-            self._fail(delta)
+        """Take in a delta. False: something before it is missing, and none of its tokens were taken."""
+        if self.finish:
             return True
-        if delta.position > len(self.tokens) or (self._wants_prompt and not self._has_prompt(delta)):
+        if delta.finish == "error":
+            self.finish, self.error = delta.finish, delta.error
+            return True
+        if delta.position > len(self.tokens) or not self._apply_prompt(delta):
             return False
         skip = len(self.tokens) - delta.position
         self.tokens += delta.tokens[skip:]
         self._news.tokens += delta.tokens[skip:]
         self._news.logprobs += delta.logprobs[skip:]
-        if delta.position + len(delta.tokens) == len(self.tokens):
+        if delta.finish and delta.position + len(delta.tokens) == len(self.tokens):
             self._end(delta)
         return True
 
@@ -86,23 +89,21 @@ class TokenLog:
         """Forget an end that was none, because the request goes on elsewhere."""
         self.finish = self.error = None
 
-    def _has_prompt(self, delta: TokenDelta) -> bool:
-        if self._wants_prompt and delta.prompt_logprobs:
-            self._news.prompt_logprobs = delta.prompt_logprobs
-            self._wants_prompt = False
-        return not self._wants_prompt or delta.finish in ("error", "cancelled")
+    def _apply_prompt(self, delta: TokenDelta) -> bool:
+        """Prompt log-probabilities may come in several deltas, all of them before the first token and the end."""
+        have = len(self._prompt)
+        if have < self._prompt_wanted and delta.prompt_start <= have:
+            self._prompt += delta.prompt_logprobs[have - delta.prompt_start :]
+            if len(self._prompt) == self._prompt_wanted:
+                self._news.prompt_logprobs = tuple(self._prompt)
+        missing = self._prompt_wanted - len(self._prompt)
+        return not missing or (delta.prompt_start <= have and not delta.tokens and not delta.finish)
 
     def _end(self, delta: TokenDelta) -> None:
-        if delta.finish in ("error", "cancelled"):
-            self._fail(delta)
-        elif delta.finish:
-            self.finish = self._news.finish = delta.finish
-            self._news.stop_token = delta.stop_token
-
-    def _fail(self, delta: TokenDelta) -> None:
-        """An end that is no answer stays out of the news: the request may go on elsewhere."""
-        if not self.finish:
-            self.finish, self.error = delta.finish, delta.error
+        """A cancellation that is not ours is no answer and stays out of the news: the request may go on elsewhere."""
+        self.finish = delta.finish
+        if delta.finish in ("stop", "length"):
+            self._news.finish, self._news.stop_token = delta.finish, delta.stop_token
 
 
 class OpenRequest:
@@ -112,7 +113,7 @@ class OpenRequest:
         self.id = ""
         """On the wire; new for every instance that is tried, so that what an old one still says cannot be mixed up."""
         self.job = job
-        self.log = TokenLog(job.sampling.prompt_logprobs >= 0)
+        self.log = TokenLog(len(job.prompt) if job.sampling.prompt_logprobs >= 0 else 0)
         self.target: str | None = None
         self.incarnation = 0
         self.lost = False

@@ -23,6 +23,8 @@ MAX_SILENCE_S = 4.0
 """Silence may be a long queue: the wait between two questions grows up to this."""
 SUBMIT_TIMEOUT_S = 5.0
 RESEND_TIMEOUT_S = 2.0
+STRIKE_S = 0.5
+"""Wait before the next question to an instance that did not answer the last one."""
 RETRY_S = 0.25
 STRIKES = 3
 """Questions in a row that an instance leaves unanswered before its requests move on."""
@@ -159,7 +161,7 @@ class Router:
                 return self._ended_badly(request)
             if request.lost or request.strikes >= STRIKES:
                 return None
-            heard = await request.wait(min(SILENCE_S * 2**request.silence, MAX_SILENCE_S))
+            heard = await request.wait(_patience(request))
             if not heard or request.gap:
                 await self._resend(request)
 
@@ -234,3 +236,8 @@ class Router:
         """NATS is back: what was sent meanwhile is lost, so everybody asks at once."""
         for request in self._placed.values() if connected else ():
             request.suspect_gap()
+
+
+def _patience(request: OpenRequest) -> float:
+    """Seconds of silence before the next question."""
+    return STRIKE_S if request.strikes else min(SILENCE_S * 2**request.silence, MAX_SILENCE_S)

@@ -61,7 +61,7 @@ def test_the_end_is_told_once():
 
 
 def test_tokens_before_the_prompt_logprobs_count_as_a_gap():
-    log = TokenLog(prompt_logprobs=True)
+    log = TokenLog(prompt_logprobs=1)
     assert not log.apply(delta(0, [1]))
     prompt = (TokenLogprobs(logprob=None),)
     assert log.apply(delta(0, [1], prompt_logprobs=prompt))
@@ -69,6 +69,21 @@ def test_tokens_before_the_prompt_logprobs_count_as_a_gap():
     update = log.take()
     assert update and update.prompt_logprobs == prompt and update.tokens == [1]
     assert log.take() is None
+
+
+def test_long_prompt_logprobs_come_in_parts():
+    """In any order, doubled, and told at once when they are complete; a prompt alone has an end as well."""
+    every = tuple(TokenLogprobs(logprob=-float(i)) for i in range(5))
+    parts = [delta(0, [], prompt_logprobs=every[a : a + 2], prompt_start=a) for a in (0, 2)]
+    last = delta(0, [], "length", prompt_logprobs=every[4:], prompt_start=4)
+    log = TokenLog(prompt_logprobs=5)
+    assert not log.apply(parts[1])
+    assert not log.apply(last) and log.finish is None
+    for part in (parts[0], parts[0], parts[1]):
+        assert log.apply(part) and log.take() is None
+    assert log.apply(last)
+    update = log.take()
+    assert update and update.prompt_logprobs == every and update.finish == "length"
 
 
 def test_a_failure_is_no_news_and_can_be_forgotten():

@@ -1,13 +1,15 @@
 """Which attention instance gets a request."""
 
+from typing import Any
+
 from services.gateway.routing import context_length, ranked, why_not
 from shared.membership import Member
 from shared.messages import AttentionFacts, Heartbeat, Kind, ModelFacts, State
 
-FACTS = {"max_model_len": 100, "kv_blocks": 1, "block_size": 16, "max_num_seqs": 4, "placement": 1}
+FACTS: dict[str, Any] = {"max_model_len": 100, "kv_blocks": 1, "block_size": 16, "max_num_seqs": 4, "placement": 1}
 
 
-def member(id: str, outstanding=0, digest="d", state=State.READY, suspect=False, **facts) -> Member:
+def member(id: str, outstanding=0, digest="d", state=State.READY, suspect=False, **facts: Any) -> Member:
     model = ModelFacts(name="m", digest=digest, layers=1, moe_layers=(0,), experts=4, top_k=2)
     attention = AttentionFacts(**(FACTS | {"outstanding_tokens": outstanding} | facts))
     beat = Heartbeat(kind=Kind.ATTENTION, id=id, incarnation=1, state=state, node="n", model=model, attention=attention)
