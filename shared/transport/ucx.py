@@ -17,11 +17,14 @@ from typing import Any
 import torch
 
 from shared.errors import BadFrame, TransportError
-from shared.transport.address import Address, memory_domain
+from shared.transport.address import seal, unseal
 from shared.transport.base import Header, Incoming, Outgoing, Peer
 from shared.transport.buffers import ROWS_TAG_BYTES, Pool
 from shared.transport.ucx_frames import Fence, ReceiveSlot, SendBuffer, Ucx, UcxPeer, rows_tags
 
+SURVIVE_DEAD_PEERS = {"SYSV_ERROR_HANDLING": "y", "POSIX_ERROR_HANDLING": "y", "CMA_MEMORY_INVALIDATE": "y"}
+"""Lets endpoints with error handling use shared memory and CMA. Without error handling UCX aborts the process when it
+reads the memory of a peer that has just died."""
 POSTED_RECEIVES = 4
 BUSY_SLEEP_S = 0.001
 IDLE_SLEEP_S = 0.1
@@ -77,15 +80,15 @@ class UcxTransport:
 
     def _start_worker(self, tls: str) -> None:
         api = self._ucx.api
+        settings = SURVIVE_DEAD_PEERS | ({"TLS": tls} if tls else {})
         features = (api.Feature.TAG, api.Feature.WAKEUP)
         try:
-            self._context = api.UCXContext({"TLS": tls} if tls else {}, feature_flags=features)
+            self._context = api.UCXContext(settings, feature_flags=features)
             self._worker: Any = api.UCXWorker(self._context, False, False)
             self._worker.init_blocking_progress_mode()
         except self._ucx.error as error:
             raise TransportError(f"UCX cannot start with transports {tls or 'of its choice'}: {error}") from error
-        self._where = Address(self._worker.address.tobytes(), memory_domain(tls))
-        self.address: bytes = self._where.pack()
+        self.address: bytes = seal(self._worker.address.tobytes())
 
     def _start_waiting(self) -> None:
         self._wake_lock = threading.Lock()
@@ -98,13 +101,11 @@ class UcxTransport:
     # ---- peers and sending ----------------------------------------------------------------------------------
 
     def connect(self, address: bytes) -> Peer:
-        there = Address.unpack(address)
-        # Error handling rules shared memory out; without it a dead peer is noticed by deadlines alone.
-        error_handling = not self._where.shares_memory_with(there)
+        worker = unseal(address)
         api = self._ucx.api
         try:
-            worker_address = api.UCXAddress.create_from_buffer(there.worker)
-            endpoint = api.UCXEndpoint.create_from_worker_address(self._worker, worker_address, error_handling)
+            there = api.UCXAddress.create_from_buffer(worker)
+            endpoint = api.UCXEndpoint.create_from_worker_address(self._worker, there, True)
         except self._ucx.error as error:
             raise TransportError(f"UCX cannot reach that address: {error}") from error
         peer = UcxPeer(self._ucx, endpoint)
@@ -156,6 +157,8 @@ class UcxTransport:
             if frame is not None:
                 self._nap = BUSY_SLEEP_S
                 return frame
+            if self._post_receives():
+                continue  # done only now, off the way of a frame; perhaps one was waiting
             now = time.monotonic()
             if self._woken or now >= deadline:
                 self._settle()
@@ -196,7 +199,6 @@ class UcxTransport:
             if slot.request.completed:
                 self._posted.remove(slot)
                 frame = self._accept(slot)
-                self._post_receives()
                 if frame is not None:
                     return frame
         return None
@@ -230,10 +232,13 @@ class UcxTransport:
     def _recycle(self, slot: ReceiveSlot) -> None:
         if not self._closed:
             self._free.append(slot)
-            self._post_receives()
 
-    def _post_receives(self) -> None:
-        """Keep a few receives posted; while every slot is held, messages wait inside UCX."""
+    def _post_receives(self) -> bool:
+        """Post what is missing from the window: True if there was any.
+
+        While every slot is held, messages wait inside UCX.
+        """
+        before = len(self._posted)
         while len(self._posted) < self._window and (self._free or self._slots_left):
             if not self._free:
                 self._slots_left -= 1
@@ -241,6 +246,7 @@ class UcxTransport:
             slot = self._free.pop()
             slot.post(self._worker)
             self._posted.append(slot)
+        return len(self._posted) > before
 
     def _replace_stuck_receives(self) -> None:
         """Post one more receive when a message waits although some are posted.

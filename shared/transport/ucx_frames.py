@@ -3,7 +3,6 @@
 Everything that UCX may still touch is referenced from here until its request has completed.
 """
 
-import contextlib
 import itertools
 import os
 import secrets
@@ -99,14 +98,15 @@ class UcxPeer:
     def __init__(self, ucx: Ucx, endpoint: Any) -> None:
         self._error = ucx.error
         self._endpoint = endpoint
-        self._open = True
+        self._closed = False
+        self._broken = False
         self._queue: deque[SendBuffer] = deque()
         self._flying: SendBuffer | None = None
         self._requests: list[Any] = []
 
     @property
     def alive(self) -> bool:
-        return self._open and self._endpoint.alive
+        return not (self._closed or self._broken) and self._endpoint.alive
 
     def push(self, frame: SendBuffer) -> None:
         frame.users += 1
@@ -132,16 +132,16 @@ class UcxPeer:
             for request in frame.start(self._endpoint):
                 self._requests.append(request)
         except self._error:
-            self._open = False
+            self._broken = True
 
     def close(self) -> bool:
         """Forget what is queued, close the endpoint. True while UCX still holds a frame.
 
-        The close is started, never awaited: closing waits for the peer, for ever when it is dead.
+        The close is started, not awaited. ucxx crashes when an endpoint is closed that has failed or was closed.
         """
-        if self._open:
-            self._open = False
-            with contextlib.suppress(self._error):
+        if not self._closed:
+            self._closed = True
+            if self._endpoint.alive:
                 self._endpoint.close()
         return self.advance()
 
