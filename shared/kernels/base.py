@@ -1,13 +1,13 @@
 """The seam between models and devices: every arithmetic step of the decoder and the experts.
 
 Two implementations: ``cpu`` (numba, bf16 weights, fp32 arithmetic) and ``reference`` (plain torch, any device; the
-yardstick in tests and what runs on CUDA). On CPU every output row has a fixed order of operations, whatever the number of
-rows: that is what the exactness contract rests on. Activations are fp32 on CPU and the model's dtype on CUDA.
+yardstick in tests and what runs on CUDA). On CPU every output row has a fixed order of operations, whatever the number
+of rows: that is what the exactness contract rests on. Activations are fp32 on CPU and the model's dtype on CUDA.
 
 T = rows (tokens) of this call, H = hidden size, P = parts (token, chosen expert) of this call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,10 +17,12 @@ from shared.models.spec import RouterSpec
 
 
 class ExpertTable(Protocol):
-    """Weights of the resident experts of one layer in the form that a kernel wants; made by ``Kernels.expert_table``."""
+    """Weights of one layer's resident experts in the form that a kernel wants; made by ``Kernels.expert_table``."""
 
-    resident: frozenset[int]
-    """Logical expert ids."""
+    @property
+    def resident(self) -> frozenset[int]:
+        """Logical expert ids."""
+        ...
 
 
 class Kernels(Protocol):
@@ -58,8 +60,9 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Causal attention of T query rows over the paged cache -> [T, heads * D].
 
-        q [T, heads, D]; caches [blocks, block_size, kv_heads, D]; tables int32 [sequences, max blocks]; sequence int32 [T]
-        = row of ``tables``; positions int32 [T]: row t sees cache positions 0..positions[t] (the last ``window`` if > 0).
+        q [T, heads, D]; caches [blocks, block_size, kv_heads, D]; tables int32 [sequences, max blocks]; sequence int32
+        [T] = row of ``tables``; positions int32 [T]: row t sees cache positions 0..positions[t] (the last ``window`` if
+        > 0).
         """
         ...
 
@@ -67,8 +70,8 @@ class Kernels(Protocol):
         """Gate: x [T, H], weight [E, H] -> (weights fp32 [T, k], ids int32 [T, k]); ties go to the lowest id."""
         ...
 
-    def expert_table(self, experts: dict[int, Sequence[Tensor]]) -> ExpertTable:
-        """Logical id -> (gate [I, H], up [I, H], down [H, I]). On CPU the tensors stay where they are (memory-mapped)."""
+    def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> ExpertTable:
+        """Logical id -> (gate [I, H], up [I, H], down [H, I]). On CPU the tensors stay where they are (mapped)."""
         ...
 
     def experts(

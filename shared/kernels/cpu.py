@@ -3,9 +3,10 @@
 Activations and the KV cache are fp32; weights are fp32, bf16 or fp16 and are read where they lie.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor
 
 from shared.kernels import cpu_attention, cpu_elementwise, cpu_experts, cpu_linear
+from shared.kernels.base import ExpertTable
+from shared.kernels.cache import compile_once
+from shared.kernels.jit import KIND_BF16, KIND_FP16, KIND_FP32
 from shared.models.spec import RouterSpec
 
 _KINDS = {
-    torch.float32: cpu_linear.KIND_FP32,
-    torch.bfloat16: cpu_linear.KIND_BF16,
-    torch.float16: cpu_linear.KIND_FP16,
+    torch.float32: KIND_FP32,
+    torch.bfloat16: KIND_BF16,
+    torch.float16: KIND_FP16,
 }
 _ACTIVATIONS = {
     "silu": cpu_elementwise.SILU,
@@ -59,6 +63,8 @@ class CpuKernels:
         limit = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(threads, limit) if threads > 0 else limit
         torch.set_num_threads(self.threads)
+        directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+        compile_once(Path(directory) if directory else None, self.compile)
 
     @cached_property
     def _project(self) -> Any:
@@ -110,12 +116,12 @@ class CpuKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """Root-mean-square norm over the last dimension."""
-        x, weight = _rows(x), _rows(weight)
+        x = _rows(x)
         depth = x.shape[-1]
-        _expect(weight.shape == (depth,), f"weight {tuple(weight.shape)} for rows of {depth}")
+        _expect(weight.shape == (depth,) and weight.is_contiguous(), f"weight for rows of {depth}")
         out = _output(out, x.shape)
-        rows = x.numel() // depth
-        cpu_elementwise.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, depth)
+        addresses = (x.data_ptr(), weight.data_ptr(), _kind(weight))
+        cpu_elementwise.rms_norm(*addresses, float(eps), out.data_ptr(), x.numel() // depth, depth)
         return out
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
@@ -144,9 +150,7 @@ class CpuKernels:
         _expect(_is(cache, torch.float32) and _is(slots, torch.int64), "cache must be fp32, slots int64, contiguous")
         _expect(rows.shape[1:] == cache.shape[2:] and slots.shape == rows.shape[:1], "rows do not fit the cache")
         room, depth = cache.shape[0] * cache.shape[1], cache.shape[2] * cache.shape[3]
-        done = cpu_elementwise.store_rows(
-            cache.data_ptr(), rows.data_ptr(), slots.data_ptr(), len(slots), depth, room
-        )
+        done = cpu_elementwise.store_rows(cache.data_ptr(), rows.data_ptr(), slots.data_ptr(), len(slots), depth, room)
         _expect(done, f"slots must lie in 0 .. {room - 1}")
 
     def attention(
@@ -196,7 +200,7 @@ class CpuKernels:
         )
         return weights, ids
 
-    def expert_table(self, experts: dict[int, Sequence[Tensor]]) -> CpuExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> CpuExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]), all of one shape and dtype."""
         addresses = np.zeros((max(experts, default=-1) + 1, 3), np.int64)
         if not experts:
@@ -212,9 +216,11 @@ class CpuKernels:
         return CpuExpertTable(addresses, _kind(first), width, inner, tensors)
 
     def experts(
-        self, x: Tensor, table: CpuExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor
+        self, x: Tensor, table: ExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor
     ) -> Tensor:
         """Part p is expert ids[p] applied to row tokens[p]; ids ascending; out fp32 [P, H]."""
+        if not isinstance(table, CpuExpertTable):
+            raise TypeError("the expert table was made by other kernels")
         x = _rows(x)
         parts = len(ids)
         _expect(activation in _ACTIVATIONS, f"activation {activation!r}; known are {', '.join(_ACTIVATIONS)}")
@@ -229,7 +235,9 @@ class CpuKernels:
         sizes = (x.shape[0], table.hidden, table.expert_hidden, parts, len(table.addresses))
         work = 3 * parts * table.hidden * table.expert_hidden
         threads = self.threads if work >= _PARALLEL_WORK else 1
-        done = cpu_experts.experts(threads, self._project.address, addresses, sizes, table.kind, _ACTIVATIONS[activation])
+        done = cpu_experts.experts(
+            threads, self._project.address, addresses, sizes, table.kind, _ACTIVATIONS[activation]
+        )
         _expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out
 

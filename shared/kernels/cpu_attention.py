@@ -1,9 +1,10 @@
 """Causal attention over the paged cache on CPU.
 
-Each (row, head) takes its positions in ascending order, whatever the block layout: all scores first, then the softmax with
-its fixed-order sum, then the values one position after the other. Only the loops around that are arranged for reuse:
-the heads of a group share a key, and up to ROW_GROUP rows of a sequence share a stretch of positions.
+Each (row, head) takes its positions in ascending order, whatever the block layout: all scores first, then the softmax
+with its fixed-order sum, then the values one position after the other. Only the loops around that are arranged for
+reuse: the heads of a group share a key, and up to ROW_GROUP rows of a sequence share a stretch of positions.
 """
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from shared.kernels.cpu_elementwise import softmax
 from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, routine, take_next, view1, view2
-from shared.kernels.simd import LANES, dot_block, mix_block
+from shared.kernels.tiles import MIX_LANES, dot_block, mix_block
 
 ROW_GROUP = 8
 """Consecutive rows of one work item, when there are enough rows."""
@@ -21,7 +22,7 @@ STRETCH = 64
 
 
 @helper
-def _softmaxes(scores, ends, starts, group, scale):  # noqa: ANN001, ANN202
+def _softmaxes(scores, ends, starts, group, scale):
     """Turn scores [rows * group, positions] into weights, each row over its own range of positions."""
     for t in range(len(ends)):
         count = ends[t] - starts[t]
@@ -32,7 +33,7 @@ def _softmaxes(scores, ends, starts, group, scale):  # noqa: ANN001, ANN202
                 row[p] /= total
 
 
-def _attend(q, k, v, cache, ranges, scores, out, rows, heads, group, depth, length, scale):  # noqa: ANN001, ANN202
+def _attend(q, k, v, cache, ranges, scores, out, rows, heads, group, depth, length, scale):
     queries, outputs = view2(q, rows * heads, depth, FP32), view2(out, rows * heads, depth, FP32)
     keys, values = view2(k, 1, depth, FP32), view2(v, 1, depth, FP32)
     at, scored = view1(cache, length, I64), view2(scores, rows * group, length, FP32)
@@ -49,23 +50,23 @@ def _attend(q, k, v, cache, ranges, scores, out, rows, heads, group, depth, leng
     for near in range(starts[0], length, STRETCH):
         for t in range(rows):
             a, b = max(near, starts[t]), min(near + STRETCH, ends[t])
-            for d in range(0, depth, LANES):
-                lanes = min(LANES, depth - d)
+            for d in range(0, depth, MIX_LANES):
+                lanes = min(MIX_LANES, depth - d)
                 mix_block(scored, t * group, group, a, max(a, b), values, at, outputs, t * heads, d, lanes)
 
 
 def compile_attend() -> Any:
     """The routine: one key-value head, consecutive rows of one sequence.
 
-    Arguments, int64: addresses of q (its first head of the group), k, v, the positions' rows in k and v (int64), the rows'
-    ranges of positions (int64 starts, then ends), room for rows * group * length scores, out (like q); then rows, heads from one
-    row of q to the next, heads of the group, D, length (cache positions of the last row); float64: scale.
+    Arguments, int64: addresses of q (its first head of the group), k, v, the positions' rows in k and v (int64), the
+    rows' ranges of positions (int64 starts, then ends), room for rows * group * length scores, out (like q); then rows,
+    heads from one row of q to the next, heads of the group, D, cache positions of the last row; float64: scale.
     """
     return routine("void(" + "int64, " * 12 + "float64)", _attend)
 
 
 @helper
-def _locate(table, block_size, kv_heads, head, at):  # noqa: ANN001, ANN202
+def _locate(table, block_size, kv_heads, head, at):
     """Where a sequence's positions lie in the cache seen as [slots * kv_heads, D]."""
     for p in range(len(at)):
         slot = np.int64(table[p // block_size]) * block_size + p % block_size
@@ -73,7 +74,7 @@ def _locate(table, block_size, kv_heads, head, at):  # noqa: ANN001, ANN202
 
 
 @helper
-def _run(sequence, positions, first, stop):  # noqa: ANN001, ANN202
+def _run(sequence, positions, first, stop):
     """End of the rows from ``first`` on that belong to one sequence at rising positions."""
     last = first + 1
     while last < stop and sequence[last] == sequence[first] and positions[last] > positions[last - 1]:
@@ -82,13 +83,16 @@ def _run(sequence, positions, first, stop):  # noqa: ANN001, ANN202
 
 
 @helper
-def _items(counter, attend, addresses, sizes, size, window, scale):  # noqa: ANN001, ANN202
+def _items(counter, attend, addresses, sizes, size, window, scale):
     rows, heads, kv_heads, depth, _, block_size, sequences, max_blocks = sizes
     q, k, v, _, _, _, out = addresses
     tables = view2(addresses[3], sequences, max_blocks, I32)
     sequence, positions = view1(addresses[4], rows, I32), view1(addresses[5], rows, I32)
-    group, at = heads // kv_heads, np.empty(np.int64(positions.max()) + 1, np.int64)
-    ranges, scores = np.empty(2 * size, np.int64), np.empty(size * group * len(at), np.float32)
+    group, longest = heads // kv_heads, 0
+    for t in range(rows):
+        longest = max(longest, np.int64(positions[t]) + 1)
+    at = np.empty(longest, np.int64)
+    ranges, scores = np.empty(2 * size, np.int64), np.empty(size * group * longest, np.float32)
     while True:
         item = take_next(counter)
         first, head = item // kv_heads * size, item % kv_heads
@@ -109,7 +113,7 @@ def _items(counter, attend, addresses, sizes, size, window, scale):  # noqa: ANN
 
 
 @helper
-def _known(addresses, sizes):  # noqa: ANN001, ANN202
+def _known(addresses, sizes):
     """Whether every block that a row will read exists: nothing outside the cache may be touched."""
     rows, _, _, _, blocks, block_size, sequences, max_blocks = sizes
     tables = view2(addresses[3], sequences, max_blocks, I32)
@@ -125,11 +129,11 @@ def _known(addresses, sizes):  # noqa: ANN001, ANN202
 
 
 @parallel_kernel
-def attention(threads, attend, addresses, sizes, window, scale):  # noqa: ANN001, ANN201
+def attention(threads, attend, addresses, sizes, window, scale):
     """See ``Kernels.attention``. Returns False, having written nothing, when a row needs a block that there is not.
 
-    addresses: q, k, v, tables, sequence, positions, out (fp32 and int32); sizes: rows (at least 1), heads, kv_heads, D, blocks,
-    block_size, sequences, max_blocks.
+    addresses: q, k, v, tables, sequence, positions, out (fp32 and int32); sizes: rows (at least 1), heads, kv_heads, D,
+    blocks, block_size, sequences, max_blocks.
     """
     if not _known(addresses, sizes):
         return False

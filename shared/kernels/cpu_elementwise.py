@@ -1,15 +1,29 @@
 """Kernels on CPU that treat rows one by one: norm, rotation, cache writes, gate scores, combine.
 
 Loops are plain IEEE arithmetic without reassociation, so that LLVM may vectorise them and keep the bits; the only
-reductions are the fixed-order ones of ``simd``.
+reductions are the fixed-order ones of ``tiles``.
 """
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
 import math
 
 import numpy as np
 
-from shared.kernels.jit import FP32, I32, I64, helper, kernel, view1, view2, view3
-from shared.kernels.simd import bits_of, from_bits, lane_max, lane_sum
+from shared.kernels.jit import (
+    BF16,
+    FP16,
+    FP32,
+    I32,
+    I64,
+    KIND_BF16,
+    KIND_FP32,
+    helper,
+    kernel,
+    view1,
+    view2,
+    view3,
+)
+from shared.kernels.tiles import bits_of, from_bits, lane_max, lane_sum, widen
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 _MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, which is then in the low bits
@@ -27,8 +41,8 @@ _SQRT_HALF = math.sqrt(0.5)
 
 
 @helper
-def exp(x):  # noqa: ANN001, ANN201
-    """e**x in fp32 within 2 ulp, NaN for NaN; Cephes expf (Moshier), with no branch, so that any lane gets the same bits."""
+def exp(x):
+    """e**x in fp32 within 2 ulp, NaN for NaN; Cephes expf (Moshier) without branches, the same bits in any lane."""
     x = _LOWEST if x < _LOWEST else x
     x = _HIGHEST if x > _HIGHEST else x
     shifted = x * _LOG2E + _MAGIC
@@ -43,7 +57,7 @@ def exp(x):  # noqa: ANN001, ANN201
 
 
 @helper
-def activate(gate, up, kind):  # noqa: ANN001, ANN201
+def activate(gate, up, kind):
     """gate[k] = activation(gate[k]) * up[k] for fp32 rows."""
     if kind == SILU:
         for k in range(len(gate)):
@@ -60,7 +74,7 @@ def activate(gate, up, kind):  # noqa: ANN001, ANN201
 
 
 @helper
-def softmax(row, n, scale):  # noqa: ANN001, ANN201
+def softmax(row, n, scale):
     """row[k] = exp(scale * row[k] - largest) in place for k < n; returns the sum."""
     for k in range(n):
         row[k] *= scale
@@ -71,18 +85,31 @@ def softmax(row, n, scale):  # noqa: ANN001, ANN201
 
 
 @helper
-def _within(numbers, limit):  # noqa: ANN001, ANN202
-    for t in range(len(numbers)):
-        if numbers[t] < 0 or numbers[t] >= limit:
-            return False
-    return True
+def _within(numbers, limit):
+    wrong = 0
+    for number in numbers:
+        wrong += number < 0 or number >= limit
+    return wrong == 0
+
+
+@helper
+def _widened(address, kind, n):
+    """n weights at an address as fp32."""
+    weights = np.empty(n, np.float32)
+    single, brain, half = view1(address, n, FP32), view1(address, n, BF16), view1(address, n, FP16)
+    for k in range(n):
+        if kind == KIND_FP32:
+            weights[k] = single[k]
+        else:
+            weights[k] = widen(brain[k]) if kind == KIND_BF16 else widen(half[k])
+    return weights
 
 
 @kernel
-def rms_norm(x, weight, eps, y, rows, depth):  # noqa: ANN001, ANN201
-    """y = x / sqrt(mean(x**2) + eps) * weight; fp32 addresses of [rows, depth], [depth] and [rows, depth]."""
-    inputs, outputs, weights = view2(x, rows, depth, FP32), view2(y, rows, depth, FP32), view1(weight, depth, FP32)
-    squares = np.empty(depth, np.float32)
+def rms_norm(x, weight, kind, eps, y, rows, depth):
+    """y = x / sqrt(mean(x**2) + eps) * weight; x and y fp32 [rows, depth], weight [depth] of any kind."""
+    inputs, outputs = view2(x, rows, depth, FP32), view2(y, rows, depth, FP32)
+    weights, squares = _widened(weight, kind, depth), np.empty(depth, np.float32)
     for t in range(rows):
         for k in range(depth):
             squares[k] = inputs[t, k] * inputs[t, k]
@@ -92,7 +119,7 @@ def rms_norm(x, weight, eps, y, rows, depth):  # noqa: ANN001, ANN201
 
 
 @kernel
-def rope(x, cos, sin, positions, rows, heads, depth, half, count):  # noqa: ANN001, ANN201
+def rope(x, cos, sin, positions, rows, heads, depth, half, count):
     """Rotate pairs (d, d + half) of x [rows, heads, depth]; cos, sin [count, half]; positions int32 [rows].
 
     Returns False, having written nothing, when a position is not in 0 .. count - 1; likewise below.
@@ -112,7 +139,7 @@ def rope(x, cos, sin, positions, rows, heads, depth, half, count):  # noqa: ANN0
 
 
 @kernel
-def store_rows(cache, rows, slots, count, depth, room):  # noqa: ANN001, ANN201
+def store_rows(cache, rows, slots, count, depth, room):
     """cache[slots[t]] = rows[t]; cache fp32 [room, depth], rows fp32 [count, depth], slots int64 [count]."""
     source, at = view2(rows, count, depth, FP32), view1(slots, count, I64)
     if not _within(at, room):
@@ -125,7 +152,7 @@ def store_rows(cache, rows, slots, count, depth, room):  # noqa: ANN001, ANN201
 
 
 @kernel
-def choose(logits, weights, ids, rows, experts, top_k, normalise):  # noqa: ANN001, ANN201
+def choose(logits, weights, ids, rows, experts, top_k, normalise):
     """Softmax over fp32 logits [rows, experts] (destroyed), then the top_k largest, ties to the lowest id."""
     scores = view2(logits, rows, experts, FP32)
     chosen, numbers = view2(weights, rows, top_k, FP32), view2(ids, rows, top_k, I32)
@@ -148,7 +175,7 @@ def choose(logits, weights, ids, rows, experts, top_k, normalise):  # noqa: ANN0
 
 
 @kernel
-def combine(out, parts, source, index, weights, rows, k, depth):  # noqa: ANN001, ANN201
+def combine(out, parts, source, index, weights, rows, k, depth):
     """out[t] += sum over j of weights[t, j] * part source[t, j]'s row index[t, j].
 
     parts: int64 array [.., 2] of address and number of fp32 rows; the others are addresses.

@@ -3,6 +3,7 @@
 Work items are (expert, block of output columns): first gate, up and activation for all experts, then, after all threads
 are done with that, down. A block's weights are read once for all rows of its expert.
 """
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
 import numba
 import numpy as np
@@ -13,7 +14,7 @@ from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, ta
 
 
 @helper
-def _segments(ids):  # noqa: ANN001, ANN202
+def _segments(ids):
     """Where each run of equal ids starts, and the end."""
     starts = np.empty(len(ids) + 1, np.int64)
     count = 0
@@ -26,7 +27,7 @@ def _segments(ids):  # noqa: ANN001, ANN202
 
 
 @helper
-def _take_block(counter, starts, width):  # noqa: ANN001, ANN202
+def _take_block(counter, starts, width):
     """The next work item: (segment or -1 at the end, first column, columns)."""
     blocks = (width + COLUMN_BLOCK - 1) // COLUMN_BLOCK
     item = take_next(counter)
@@ -36,7 +37,7 @@ def _take_block(counter, starts, width):  # noqa: ANN001, ANN202
 
 
 @helper
-def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, hidden):  # noqa: ANN001, ANN202
+def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, hidden):
     """hidden[p] = activation(gate x) * (up x) for every part p."""
     depth, width = x.shape[1], hidden.shape[1]
     panel, ups = new_panel(depth), np.empty((len(ids), COLUMN_BLOCK), np.float32)
@@ -54,7 +55,7 @@ def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, 
 
 
 @helper
-def _down(counter, project, hidden, numbers, ids, starts, table, kind, out):  # noqa: ANN001, ANN202
+def _down(counter, project, hidden, numbers, ids, starts, table, kind, out):
     """out[p] = down hidden[p] for every part p."""
     depth, width = hidden.shape[1], out.shape[1]
     panel = new_panel(depth)
@@ -68,7 +69,7 @@ def _down(counter, project, hidden, numbers, ids, starts, table, kind, out):  # 
 
 
 @helper
-def _valid(tokens, ids, rows, table):  # noqa: ANN001, ANN202
+def _valid(tokens, ids, rows, table):
     for p in range(len(ids)):
         if tokens[p] < 0 or tokens[p] >= rows or ids[p] < 0 or ids[p] >= len(table):
             return False
@@ -78,11 +79,11 @@ def _valid(tokens, ids, rows, table):  # noqa: ANN001, ANN202
 
 
 @parallel_kernel
-def experts(threads, project, addresses, sizes, kind, activation):  # noqa: ANN001, ANN201
+def experts(threads, project, addresses, sizes, kind, activation):
     """See ``Kernels.experts``. Returns False, having written nothing, when an id or a token is not valid.
 
-    addresses: x, tokens, ids, table (int64 [experts, 3], 0 = not resident), out; sizes: rows, hidden, expert_hidden, parts
-    (at least 1), experts.
+    addresses: x, tokens, ids, table (int64 [experts, 3], 0 = not resident), out; sizes: rows, hidden, expert_hidden,
+    parts (at least 1), experts.
     """
     rows, width, inner, count, known = sizes
     x, out = view2(addresses[0], rows, width, FP32), view2(addresses[4], count, width, FP32)

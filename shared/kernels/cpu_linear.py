@@ -1,4 +1,5 @@
 """Dense products on CPU: ``project`` is the block product that linear layers, the gate and experts share."""
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
 from typing import Any
 
@@ -10,6 +11,8 @@ from shared.kernels.jit import (
     FP16,
     FP32,
     I32,
+    KIND_BF16,
+    KIND_FP32,
     call,
     helper,
     parallel_kernel,
@@ -18,24 +21,23 @@ from shared.kernels.jit import (
     view1,
     view2,
 )
-from shared.kernels.simd import LANES, TILE_ROWS, dot_block, widen
+from shared.kernels.simd import LANES, TILE_ROWS
+from shared.kernels.tiles import dot_block, widen
 
 COLUMN_BLOCK = 16
 """Output columns of one work item."""
 PANEL_ROWS = 16
 """From this many rows on it pays to widen a block's weights once, ahead of the products."""
-KIND_FP32, KIND_BF16, KIND_FP16 = 0, 1, 2
-"""How a kernel is told the dtype of weights."""
 
 
 @helper
-def new_panel(depth):  # noqa: ANN001, ANN201
+def new_panel(depth):
     """Room for a block's widened weights; rows are padded so that they do not fall on the same cache sets."""
     return np.empty((COLUMN_BLOCK, depth + LANES), np.float32)
 
 
 @helper
-def sequence(n):  # noqa: ANN001, ANN201
+def sequence(n):
     """0 .. n - 1 as int32."""
     numbers = np.empty(n, np.int32)
     for i in range(n):
@@ -43,7 +45,7 @@ def sequence(n):  # noqa: ANN001, ANN201
     return numbers
 
 
-def _project(x, numbers, rows, w, kind, cols, depth, panel, y, stride):  # noqa: ANN001, ANN202
+def _project(x, numbers, rows, w, kind, cols, depth, panel, y, stride):
     inputs, xi = view2(x, 1, depth, FP32), view1(numbers, rows, I32)
     outputs = view2(y, rows, stride, FP32)
     if kind == KIND_BF16 and rows < PANEL_ROWS:
@@ -64,20 +66,20 @@ def _project(x, numbers, rows, w, kind, cols, depth, panel, y, stride):  # noqa:
 def compile_project() -> Any:
     """The routine y[r, c] = x[numbers[r]] . w[c] for up to COLUMN_BLOCK rows of w.
 
-    Arguments, int64: addresses of x (fp32 rows of ``depth``) and numbers (int32), rows, address and kind of w, its rows,
-    depth, address of a panel, address of y (fp32) and elements from one row of y to the next.
+    Arguments, int64: addresses of x (fp32 rows of ``depth``) and numbers (int32), rows, address and kind of w, its
+    rows, depth, address of a panel, address of y (fp32) and elements from one row of y to the next.
     """
     return routine("void(" + ", ".join(["int64"] * 10) + ")", _project)
 
 
 @helper
-def weight_stride(depth, kind):  # noqa: ANN001, ANN201
+def weight_stride(depth, kind):
     """Bytes of a weight row."""
     return depth * 4 if kind == KIND_FP32 else depth * 2
 
 
 @helper
-def _items(counter, project, x, w, kind, bias, y, rows, depth, cols):  # noqa: ANN001, ANN202
+def _items(counter, project, x, w, kind, bias, y, rows, depth, cols):
     numbers, panel = sequence(rows), new_panel(depth)
     outputs, offsets = view2(y, rows, cols, FP32), view1(bias, cols, FP32)
     while True:
@@ -93,7 +95,7 @@ def _items(counter, project, x, w, kind, bias, y, rows, depth, cols):  # noqa: A
 
 
 @parallel_kernel
-def linear(threads, project, x, w, kind, bias, y, rows, depth, cols):  # noqa: ANN001, ANN201
+def linear(threads, project, x, w, kind, bias, y, rows, depth, cols):
     """y [rows, cols] = x [rows, depth] @ w [cols, depth].T + bias; x, w, bias (or 0) and y are addresses."""
     counter = np.zeros(1, np.int64)
     if threads == 1:

@@ -1,10 +1,11 @@
 """How our numba kernels are compiled, and how threads share their work.
 
 Kernels take addresses and sizes as int64: one signature each, so that a call costs a few microseconds and two processes
-that fill the on-disk cache at the same moment write the same thing. ``view1`` to ``view3`` turn an address into an array.
-A *routine* is the expensive inner part of kernels: a C function that they call by its address, compiled only once.
-There is no fastmath anywhere: LLVM may vectorise, but never reorder or fuse.
+that fill the on-disk cache at the same moment write the same thing. ``view1`` to ``view3`` turn an address into an
+array. A *routine* is the expensive inner part of kernels: a C function that they call by its address, compiled only
+once. There is no fastmath anywhere: LLVM may vectorise, but never reorder or fuse.
 """
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,19 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 
 # Element types of views; bf16 and fp16 have none in numba, integers of their size stand for them.
 BF16, FP16, FP32 = np.int16, np.uint16, np.float32
 I32, I64 = np.int32, np.int64
+# How a kernel is told the dtype of weights at an address.
+KIND_FP32, KIND_BF16, KIND_FP16 = 0, 1, 2
 
-_OPTIONS = {"cache": True, "error_model": "numpy"}
+intrinsic: Any = numba_intrinsic
+"""Untyped: the first parameter of an intrinsic is not one that its callers give."""
+
+_OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy"}
+_carray: Any = numba.carray  # type: ignore[attr-defined]
 
 
 def helper(function: Callable[..., Any]) -> Any:
@@ -40,14 +47,14 @@ def parallel_kernel(function: Callable[..., Any]) -> Any:
 
 def routine(signature: str, function: Callable[..., Any]) -> Any:
     """Compile a C function now, or load it from the cache; it lives as long as the result, and must not raise."""
-    return numba.cfunc(signature, nopython=True, **_OPTIONS)(function)
+    return numba.cfunc(signature, **_OPTIONS)(function)
 
 
 @intrinsic
-def call(typing_context, address, args):  # noqa: ANN001, ANN201
-    """Call the routine at an address with the elements of a tuple; arrays are passed as their address, and kept alive."""
+def call(typing_context, address, args):
+    """Call the routine at an address with a tuple of arguments; arrays are passed as their address, and kept alive."""
 
-    def codegen(context, builder, signature, values):  # noqa: ANN001, ANN202
+    def codegen(context, builder, signature, values):
         def plain(kind: Any, value: Any) -> Any:
             if not isinstance(kind, types.Array):
                 return value
@@ -63,20 +70,20 @@ def call(typing_context, address, args):  # noqa: ANN001, ANN201
 
 
 @intrinsic
-def _pointer(typing_context, address, dtype):  # noqa: ANN001, ANN202
+def _pointer(typing_context, address, dtype):
     result = types.CPointer(dtype.dtype)
 
-    def codegen(context, builder, signature, args):  # noqa: ANN001, ANN202
+    def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(result))
 
     return result(types.int64, dtype), codegen
 
 
 @intrinsic
-def take_next(typing_context, counter):  # noqa: ANN001, ANN201
+def take_next(typing_context, counter):
     """Atomically return counter[0] and add one: the next work item of a parallel kernel."""
 
-    def codegen(context, builder, signature, args):  # noqa: ANN001, ANN202
+    def codegen(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
 
@@ -84,18 +91,18 @@ def take_next(typing_context, counter):  # noqa: ANN001, ANN201
 
 
 @numba.njit(inline="always")
-def view1(address, n, dtype):  # noqa: ANN001, ANN201
+def view1(address, n, dtype):
     """Array of n elements at an address."""
-    return numba.carray(_pointer(address, dtype), (n,))
+    return _carray(_pointer(address, dtype), (n,))
 
 
 @numba.njit(inline="always")
-def view2(address, n, m, dtype):  # noqa: ANN001, ANN201
+def view2(address, n, m, dtype):
     """Array [n, m] at an address."""
-    return numba.carray(_pointer(address, dtype), (n, m))
+    return _carray(_pointer(address, dtype), (n, m))
 
 
 @numba.njit(inline="always")
-def view3(address, n, m, k, dtype):  # noqa: ANN001, ANN201
+def view3(address, n, m, k, dtype):
     """Array [n, m, k] at an address."""
-    return numba.carray(_pointer(address, dtype), (n, m, k))
+    return _carray(_pointer(address, dtype), (n, m, k))

@@ -3,13 +3,14 @@
 Written to be read. Nothing here keeps a row's bits independent of its batch; see ``cpu`` for that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.kernels.base import ExpertTable
 from shared.models.spec import RouterSpec
 
 
@@ -52,8 +53,7 @@ class ReferenceKernels:
         half = cos.shape[1]
         c, s = (table[positions.long()].unsqueeze(1) for table in (cos, sin))
         first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-        x[..., :half] = first * c - second * s
-        x[..., half : 2 * half] = second * c + first * s
+        x[..., : 2 * half] = torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(x.dtype)
 
     def store_kv(self, cache: Tensor, rows: Tensor, slots: Tensor) -> None:
         cache.view(-1, *cache.shape[2:])[slots] = rows.to(cache.dtype)
@@ -87,12 +87,14 @@ class ReferenceKernels:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.contiguous(), ids.int().contiguous()
 
-    def expert_table(self, experts: dict[int, Sequence[Tensor]]) -> ReferenceTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> ReferenceTable:
         return ReferenceTable(dict(experts))
 
     def experts(
-        self, x: Tensor, table: ReferenceTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor
+        self, x: Tensor, table: ExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor
     ) -> Tensor:
+        if not isinstance(table, ReferenceTable):
+            raise TypeError("the expert table was made by other kernels")
         for expert in ids.unique().tolist():
             gate, up, down = (weight.to(x.dtype) for weight in table.weights[expert])
             parts = (ids == expert).nonzero().squeeze(1)

@@ -1,0 +1,62 @@
+"""Where compiled kernels are kept on disk, and how processes that start together compile them only once."""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+PATIENCE_S = 120.0
+"""How long a process waits for another one that compiles, before it compiles for itself."""
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    """One directory per version of these sources: under ``XDG_CACHE_HOME`` or ``~/.cache``, else the temporary one.
+
+    Numba itself would notice a change only in the file of the outermost kernel. Never beside the sources, which may be
+    read-only; never one that another user could have filled.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
+    home = environ.get("XDG_CACHE_HOME") or (environ.get("HOME", "") and environ["HOME"] + "/.cache")
+    temporary = Path(tempfile.gettempdir()) / f"moemesh-{os.getuid()}"
+    wanted = Path(home) / "moemesh" if home else temporary
+    return (wanted if _usable(wanted) else temporary) / f"kernels-{digest[:16]}"
+
+
+def _usable(directory: Path) -> bool:
+    """Whether files can be written there, by us and nobody else."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return directory.stat().st_uid == os.getuid() and os.access(directory, os.W_OK)
+
+
+def compile_once(directory: Path | None, work: Callable[[], None], patience: float = PATIENCE_S) -> None:
+    """Do ``work``, which compiles into ``directory``; while nobody has finished that, one process at a time.
+
+    The others find everything compiled when their turn comes. Only speed depends on it: numba replaces its files whole.
+    """
+    if directory is None or (directory / "complete").exists() or not _usable(directory):
+        work()
+        return
+    with (directory / "lock").open("a") as lock:
+        _acquire(lock.fileno(), patience)  # released when the file is closed
+        work()
+        (directory / "complete").touch()
+
+
+def _acquire(descriptor: int, patience: float) -> bool:
+    """Lock the file, or give up after ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)

@@ -1,0 +1,237 @@
+"""CPU kernels against the reference, over odd shapes; and what they refuse."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shared.kernels.cpu import CpuKernels
+from shared.kernels.reference import ReferenceKernels, activate
+from shared.models.spec import RouterSpec
+from tests.unit.kernel_cases import WEIGHT_DTYPES, expert_case, normal, paged_case
+
+REFERENCE = ReferenceKernels()
+few = settings(max_examples=25, deadline=None)
+sizes = st.integers(1, 70)
+seeds = st.integers(0, 1000)
+
+
+@pytest.fixture(scope="module")
+def cpu() -> CpuKernels:
+    return CpuKernels(2)
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@few
+@given(rows=sizes, depth=sizes, cols=sizes, dtype=st.sampled_from(WEIGHT_DTYPES), bias=st.booleans(), seed=seeds)
+def test_linear_is_the_reference(
+    cpu: CpuKernels, rows: int, depth: int, cols: int, dtype: torch.dtype, bias: bool, seed: int
+) -> None:
+    x, weight = normal(rows, depth, seed=seed), normal(cols, depth, seed=seed + 1, dtype=dtype)
+    offsets = normal(cols, seed=seed + 2, dtype=dtype) if bias else None
+    out = torch.full((rows, cols), float("nan"))
+    assert cpu.linear(x, weight, offsets, out=out) is out
+    assert_close(out, REFERENCE.linear(x, weight, offsets))
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_linear_is_the_reference_with_many_rows(cpu: CpuKernels, dtype: torch.dtype) -> None:
+    x, weight = normal(203, 300, seed=0), normal(130, 300, seed=1, dtype=dtype)
+    assert_close(cpu.linear(x, weight), REFERENCE.linear(x, weight))
+
+
+def test_linear_takes_rows_that_are_not_contiguous(cpu: CpuKernels) -> None:
+    x, weight = normal(5, 40, seed=0), normal(8, 20, seed=1)
+    assert_close(cpu.linear(x[:, ::2], weight), REFERENCE.linear(x[:, ::2], weight))
+
+
+@few
+@given(rows=sizes, depth=sizes, dtype=st.sampled_from(WEIGHT_DTYPES), seed=seeds)
+def test_rms_norm_is_the_reference(cpu: CpuKernels, rows: int, depth: int, dtype: torch.dtype, seed: int) -> None:
+    x, weight = normal(rows, 2, depth, seed=seed), normal(depth, seed=seed + 1, dtype=dtype)
+    expected = REFERENCE.rms_norm(x, weight, 1e-6)
+    assert_close(cpu.rms_norm(x, weight, 1e-6), expected)
+    assert_close(cpu.rms_norm(x, weight, 1e-6, out=x), expected)
+
+
+@few
+@given(rows=sizes, heads=st.integers(1, 5), half=st.integers(1, 20), rest=st.integers(0, 7), seed=seeds)
+def test_rope_is_the_reference(cpu: CpuKernels, rows: int, heads: int, half: int, rest: int, seed: int) -> None:
+    x = normal(rows, heads, 2 * half + rest, seed=seed)
+    angles = normal(100, half, seed=seed + 1)
+    positions = torch.randint(0, 100, (rows,), dtype=torch.int32)
+    ours, theirs = x.clone(), x.clone()
+    for kernels, rotated in ((cpu, ours), (REFERENCE, theirs)):
+        kernels.rope(rotated, angles.cos(), angles.sin(), positions)
+    assert_close(ours, theirs)
+    assert torch.equal(ours[..., 2 * half :], x[..., 2 * half :])
+
+
+def test_store_kv_writes_its_slots_and_nothing_else(cpu: CpuKernels) -> None:
+    ours, theirs = normal(5, 3, 2, 6, seed=0), normal(5, 3, 2, 6, seed=0)
+    rows, slots = normal(4, 2, 6, seed=1), torch.tensor([14, 0, 7, 3])
+    cpu.store_kv(ours, rows, slots)
+    REFERENCE.store_kv(theirs, rows, slots)
+    assert torch.equal(ours, theirs)
+
+
+@few
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 9),
+    depth=st.integers(1, 40).map(lambda half: 2 * half),
+    block_size=st.integers(1, 17),
+    window=st.sampled_from((0, 1, 5, 30)),
+    seed=seeds,
+)
+def test_attention_is_the_reference(
+    cpu: CpuKernels,
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    depth: int,
+    block_size: int,
+    window: int,
+    seed: int,
+) -> None:
+    case = paged_case(lengths, kv_heads * group, kv_heads, depth, block_size, window, seed)
+    clean = replace(case, caches=(case.caches[0].nan_to_num(), case.caches[1].nan_to_num()))
+    assert_close(case.run(cpu), clean.run(REFERENCE))
+
+
+def test_attention_with_huge_scores_stays_finite(cpu: CpuKernels) -> None:
+    case = paged_case([50])
+    case.q.mul_(1e4)
+    assert case.run(cpu).isfinite().all()
+
+
+@few
+@given(rows=sizes, experts=st.integers(1, 40), normalise=st.booleans(), data=st.data(), seed=seeds)
+def test_route_is_the_reference(
+    cpu: CpuKernels, rows: int, experts: int, normalise: bool, data: st.DataObject, seed: int
+) -> None:
+    router = RouterSpec(experts, data.draw(st.integers(1, min(experts, 8))), normalise=normalise)
+    x, weight = normal(rows, 33, seed=seed), normal(experts, 33, seed=seed + 1, dtype=torch.bfloat16)
+    (ours, our_ids), (theirs, their_ids) = cpu.route(x, weight, router), REFERENCE.route(x, weight, router)
+    assert torch.equal(our_ids, their_ids)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kernels", [CpuKernels(1), REFERENCE], ids=["cpu", "reference"])
+def test_route_gives_ties_to_the_lowest_id(kernels: CpuKernels | ReferenceKernels) -> None:
+    weight = torch.zeros(9, 4)
+    weight[[2, 5, 7]] = 1.0
+    weights, ids = kernels.route(torch.ones(3, 4), weight, RouterSpec(9, 5))
+    assert ids.tolist() == [[2, 5, 7, 0, 1]] * 3
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert weights[0, 0] == weights[0, 2]
+
+
+def test_route_of_rows_that_are_not_numbers_still_names_distinct_experts(cpu: CpuKernels) -> None:
+    _, ids = cpu.route(torch.full((1, 4), float("nan")), torch.ones(5, 4), RouterSpec(5, 3))
+    assert sorted(ids[0].tolist()) == [0, 1, 2]
+
+
+@few
+@given(
+    rows=sizes,
+    hidden=sizes,
+    inner=sizes,
+    dtype=st.sampled_from(WEIGHT_DTYPES),
+    activation=st.sampled_from(("silu", "gelu", "gelu_pytorch_tanh")),
+    seed=seeds,
+)
+def test_experts_are_the_reference(
+    cpu: CpuKernels, rows: int, hidden: int, inner: int, dtype: torch.dtype, activation: str, seed: int
+) -> None:
+    case = expert_case(rows, hidden, inner, dtype=dtype, activation=activation, seed=seed)
+    assert_close(case.run(cpu), case.run(REFERENCE))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_activations_of_extreme_values_are_those_of_torch(cpu: CpuKernels, activation: str) -> None:
+    x = torch.tensor([[-200.0, -100.0, -88.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 100.0, 200.0]])
+    identity = torch.eye(x.shape[1])
+    up = identity[-1].repeat(x.shape[1], 1) / 200.0  # picks the last value, 200, and makes it 1
+    first = torch.zeros(1, dtype=torch.int32)
+    table = cpu.expert_table({0: (identity, up, identity)})
+    out = cpu.experts(x, table, first, first, activation, torch.empty_like(x))
+    assert_close(out, activate(x, activation))
+
+
+def test_combine_sums_parts_from_several_frames_in_order(cpu: CpuKernels) -> None:
+    frames = [normal(5, 19, seed=0), normal(8, 19, seed=1)]
+    source = torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.int32)
+    index = torch.tensor([[4, 7, 0], [1, 2, 3]], dtype=torch.int32)
+    weights = normal(2, 3, seed=2)
+    start = normal(2, 19, seed=3)
+    ours, theirs = start.clone(), start.clone()
+    cpu.combine(ours, frames, source, index, weights)
+    REFERENCE.combine(theirs, frames, source, index, weights)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_table_knows_what_is_resident_and_no_parts_cost_nothing(cpu: CpuKernels) -> None:
+    case = expert_case(2)
+    assert cpu.expert_table(case.experts).resident == frozenset(case.experts)
+    assert cpu.expert_table({}).resident == frozenset()
+    none = torch.zeros(0, dtype=torch.int32)
+    table = cpu.expert_table(case.experts)
+    assert cpu.experts(case.x, table, none, none, "silu", torch.empty(0, 64)).shape == (0, 64)
+
+
+def test_no_rows_are_no_trouble(cpu: CpuKernels) -> None:
+    nothing, none = torch.empty(0, 8), torch.zeros(0, dtype=torch.int32)
+    assert cpu.linear(nothing, torch.ones(3, 8)).shape == (0, 3)
+    assert cpu.rms_norm(nothing, torch.ones(8), 1e-6).shape == (0, 8)
+    assert cpu.route(nothing, torch.ones(3, 8), RouterSpec(3, 2))[1].shape == (0, 2)
+    cache = torch.zeros(1, 2, 1, 8)
+    tables = torch.zeros(1, 1, dtype=torch.int32)
+    assert cpu.attention(nothing.view(0, 1, 8), cache, cache, tables, none, none, 1.0).shape == (0, 8)
+
+
+class TestRefused:
+    """Anything that would read or write outside the tensors is refused before it happens."""
+
+    def test_shapes_that_do_not_fit(self, cpu: CpuKernels) -> None:
+        with pytest.raises(ValueError, match="weight"):
+            cpu.linear(torch.ones(2, 5), torch.ones(3, 6))
+        with pytest.raises(ValueError, match="out"):
+            cpu.linear(torch.ones(2, 5), torch.ones(3, 5), out=torch.empty(2, 4))
+
+    def test_weights_of_another_dtype(self, cpu: CpuKernels) -> None:
+        with pytest.raises(TypeError, match="float64"):
+            cpu.linear(torch.ones(2, 5), torch.ones(3, 5, dtype=torch.float64))
+
+    def test_slots_and_positions_outside_the_cache(self, cpu: CpuKernels) -> None:
+        with pytest.raises(ValueError, match="slots"):
+            cpu.store_kv(torch.zeros(2, 3, 1, 4), torch.ones(1, 1, 4), torch.tensor([6]))
+        angles = torch.zeros(4, 2)
+        with pytest.raises(ValueError, match="positions"):
+            cpu.rope(torch.ones(1, 1, 4), angles, angles, torch.tensor([4], dtype=torch.int32))
+
+    def test_a_row_beyond_its_block_table(self, cpu: CpuKernels) -> None:
+        case = paged_case([20], block_size=4)
+        case.tables[0, 3] = 99
+        with pytest.raises(ValueError, match="block"):
+            case.run(cpu)
+
+    def test_experts_that_are_not_resident_or_not_sorted(self, cpu: CpuKernels) -> None:
+        case = expert_case(4)
+        for ids in (case.ids + 1, case.ids.flip(0)):
+            table, out = cpu.expert_table(case.experts), torch.empty(len(ids), 64)
+            with pytest.raises(ValueError, match="resident"):
+                cpu.experts(case.x, table, case.tokens, ids, "silu", out)
+
+    def test_parts_that_were_not_given(self, cpu: CpuKernels) -> None:
+        first = torch.zeros(1, 1, dtype=torch.int32)
+        for source, index in ((first + 1, first), (first, first + 3)):
+            with pytest.raises(ValueError, match="rows"):
+                cpu.combine(torch.zeros(1, 4), [torch.ones(3, 4)], source, index, torch.ones(1, 1))
