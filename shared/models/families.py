@@ -93,7 +93,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
 
 
 class _Settings:

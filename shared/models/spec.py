@@ -68,7 +68,7 @@ class ModelSpec:
     dense_hidden: int
     """Intermediate size of the feed-forward of layers without experts."""
     activation: str
-    """silu or gelu, as named in config.json."""
+    """silu, gelu (erf form) or gelu_pytorch_tanh."""
     norm_eps: float
     tied_head: bool
     max_positions: int

@@ -53,6 +53,7 @@ CONFIGS = {
     "mixtral": mixtral(),
     "mixtral head size, one kv head": mixtral(num_key_value_heads=1, head_dim=6),
     "mixtral tied, gelu": mixtral(tie_word_embeddings=True, hidden_act="gelu"),
+    "mixtral tanh gelu": mixtral(hidden_act="gelu_pytorch_tanh"),
     "mixtral sliding window, top-1": mixtral(num_experts_per_tok=1, sliding_window=7),
 }
 
@@ -166,3 +167,15 @@ def test_half_precision_weights_match_transformers_in_fp32(dtype, kernels, tmp_p
 @pytest.mark.parametrize("chunk, prompt", [(64, 64), (7, 40), (1, 0)])
 def test_demo_model_matches_transformers(chunk, prompt, kernels):
     assert largest_difference(DEMO, kernels, chunk, prompt) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen3 tied, biased, dense layer", "mixtral sliding window, top-1"])
+def test_bits_do_not_depend_on_batch_or_chunks(name, tmp_path):
+    save_random(CONFIGS[name], tmp_path)
+    kernels = select_kernels(CPU, threads=2)
+    sequences = [torch.randint(97, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    together = paged_logits(tmp_path, sequences, chunk=64, prompt=64, kernels=kernels)
+    stepwise = paged_logits(tmp_path, sequences, chunk=5, prompt=20, kernels=kernels)
+    alone = [paged_logits(tmp_path, [s], chunk=7, prompt=64, kernels=kernels)[0] for s in sequences]
+    for a, b, c in zip(together, stepwise, alone, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
