@@ -1,22 +1,22 @@
-"""``api_url``: where the API under test answers. Tests that use only this fixture run against any mesh."""
+"""``api_url``: where the API under test answers. Tests with only this fixture run on the fake and on the real mesh."""
 
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from tests.api.stack import FakeMesh, fake_mesh, in_thread
+from tests.mesh import running_mesh
 
 
-@pytest.fixture(scope="session")
-def shared_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeMesh]:
-    """One gateway over one fake attention instance for all tests that break nothing."""
-    with in_thread(tmp_path_factory.mktemp("api"), max_body="64KiB") as mesh:
-        yield mesh
-
-
-@pytest.fixture
-def api_url(shared_mesh: FakeMesh) -> str:
-    return shared_mesh.url
+@pytest.fixture(scope="session", params=["fake", "mesh"])
+def api_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One mesh for all tests that break nothing: a gateway over a fake attention instance, and a real 1A2E mesh."""
+    if request.param == "fake":
+        with in_thread(tmp_path_factory.mktemp("api")) as fake:
+            yield fake.url
+    else:
+        with running_mesh(attention=1, experts=2) as mesh:
+            yield mesh.url
 
 
 @pytest.fixture

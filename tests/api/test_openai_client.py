@@ -159,8 +159,11 @@ def test_chat_stream(client, model):
 def test_chat_fills_the_context_by_default(client, model):
     limit = client.models.retrieve(model).max_model_len  # type: ignore[attr-defined]
     found = client.chat.completions.create(
-        model=model, messages=MESSAGES, logit_bias={"0": -100}, extra_body={"ignore_eos": True}
+        model=model,
+        messages=[{"role": "user", "content": " the" * (limit - 20)}],
+        extra_body={"ignore_eos": True},
     )
+    assert found.usage.completion_tokens < 40
     assert found.usage.total_tokens == limit
 
 

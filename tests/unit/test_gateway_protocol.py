@@ -85,7 +85,7 @@ def test_wrong_values_are_refused_by_name(make, fields):
     error = refused(make, **fields)
     assert error.status == 400
     assert error.param == next(iter(fields))
-    assert error.param in error.message
+    assert str(error.param) in error.message
 
 
 @pytest.mark.parametrize(

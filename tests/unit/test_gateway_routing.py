@@ -11,7 +11,7 @@ FACTS: dict[str, Any] = {"max_model_len": 100, "kv_blocks": 1, "block_size": 16,
 
 def member(id: str, outstanding=0, digest="d", state=State.READY, suspect=False, **facts: Any) -> Member:
     model = ModelFacts(name="m", digest=digest, layers=1, moe_layers=(0,), experts=4, top_k=2)
-    attention = AttentionFacts(**(FACTS | {"outstanding_tokens": outstanding} | facts))
+    attention = AttentionFacts.model_validate(FACTS | {"outstanding_tokens": outstanding} | facts)
     beat = Heartbeat(kind=Kind.ATTENTION, id=id, incarnation=1, state=state, node="n", model=model, attention=attention)
     return Member(beat, 0.0, suspect)
 
