@@ -96,14 +96,15 @@ class Batcher:
             self.waiting.remove(sequence)
 
     def next_step(self) -> list[Chunk]:
-        """Decodes, then prefill chunks by age, then newcomers, within the limits. Empty: nothing to do.
+        """Rows by age, then newcomers, within the limits. Empty: nothing to do.
 
-        Asking again without having computed anything gives the same rows again.
+        Decodes come before prefill chunks that way: a prompt that is not complete used up its step, so that nobody
+        younger runs yet. Asking again without having computed anything gives the same rows again.
         """
         preempted = self._make_room()
         chunks: list[Chunk] = []
         budget = self.limits.max_batched_tokens
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):  # stable: by age within both kinds
+        for sequence in self.running:
             budget -= self._schedule(sequence, budget, chunks)
         while budget and not preempted and self._admit():
             budget -= self._schedule(self.running[-1], budget, chunks)

@@ -67,7 +67,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_that_share_steps_with_decodes():
     assert step(batch) == [("short", 6, 1), ("long", 22, 1)]
 
 
-def test_decodes_come_first_even_when_they_are_younger_than_a_prefill():
+def test_nobody_younger_starts_before_a_prompt_is_complete():
     batch = batcher(max_batched_tokens=4)
     add(batch, "old", 6)
     add(batch, "young", 2)

@@ -145,6 +145,19 @@ def test_prompt_logprobs_survive_chunks_and_come_with_the_first_token():
     assert [bool(delta.prompt_logprobs) for _, delta in engine.sent] == [True, False, False]
 
 
+def test_prompt_logprobs_are_not_made_twice_when_a_preemption_cuts_a_prefill():
+    engine = ToyEngine(kv_blocks=8, max_num_seqs=2, max_batched_tokens=3)
+    engine.submit("old", PROMPT[:3], max_tokens=20)
+    engine.engine.turn()
+    got = engine.run("young", PROMPT * 2, prompt_logprobs=1, max_tokens=2)
+    assert engine.engine.stats.preemptions > 0
+    assert got == alone(PROMPT * 2, prompt_logprobs=1, max_tokens=2)
+
+
+def test_prompt_logprobs_of_a_resumed_request_were_delivered_before():
+    assert alone(PROMPT, output=[7], prompt_logprobs=1).prompt_logprobs == []
+
+
 def test_logprobs_come_only_when_asked_for():
     assert alone(PROMPT).logprobs == []
     assert [len(one.top) for one in alone(PROMPT, logprobs=0, max_tokens=2).logprobs] == [0, 0]

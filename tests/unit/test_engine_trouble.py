@@ -101,8 +101,9 @@ def test_nothing_advances_while_experts_do_not_answer_and_everything_goes_on_whe
     assert engine.engine.stats.stalled
     assert len(engine.received["a"].tokens) == tokens
     engine.exchange.available = True
-    engine.turns()
+    assert engine.engine.turn()
     assert not engine.engine.stats.stalled
+    engine.turns()
     assert engine.received["a"] == engine.received["b"] == alone(PROMPT, max_tokens=20)
 
 
@@ -145,6 +146,18 @@ def test_requests_that_waited_too_long_for_experts_fail_and_newer_ones_go_on_wai
     engine.turns()
     assert engine.received["new"].tokens == alone(PROMPT).tokens
     assert engine.pool.leaked() == []
+
+
+def test_a_second_loss_of_experts_has_its_own_deadline():
+    engine = started("a", no_home_deadline=5.0)
+    for _ in range(3):
+        engine.exchange.failures = 1
+        assert not engine.engine.turn()
+        engine.now += 4
+        assert engine.engine.turn()
+        engine.now += 4
+    engine.turns()
+    assert engine.received["a"].finish == "length"
 
 
 def test_nobody_is_let_in_once_experts_have_been_away_for_a_while():
