@@ -146,7 +146,7 @@ def test_prompt_logprobs_survive_chunks_and_come_with_the_first_token():
 
 
 def test_prompt_logprobs_are_not_made_twice_when_a_preemption_cuts_a_prefill():
-    engine = ToyEngine(kv_blocks=8, max_num_seqs=2, max_batched_tokens=3)
+    engine = ToyEngine(kv_blocks=8, max_num_seqs=2, max_batched_tokens=2)
     engine.submit("old", PROMPT[:3], max_tokens=20)
     engine.engine.turn()
     got = engine.run("young", PROMPT * 2, prompt_logprobs=1, max_tokens=2)
