@@ -138,6 +138,7 @@ def test_an_answer_to_a_probe_ends_a_suspicion():
         end = time.monotonic() + 10
         while not mesh.exchange.ready() and time.monotonic() < end:
             mesh.exchange.idle_wait(0.02)
+        assert mesh.exchange.ready()
         mesh.check(seed=2)
 
 

@@ -39,7 +39,7 @@ def test_faults_change_no_byte(seed, chosen, homes):
 
 @patient
 @given(st.integers(0, 2**32), rates, st.integers(0, 3))
-def test_faults_during_a_placement_switch_change_no_byte(seed, chosen, loaded_after):
+def test_faults_during_a_placement_switch_change_no_byte(seed, chosen: Rates, loaded_after):
     """Refusals are struck too; instances learn the new version late."""
     network = stormy(seed, dict.fromkeys(FrameKind, chosen))
     with toy_mesh(round_robin(2), network, deadline=0.02, give_up=30.0) as mesh:
