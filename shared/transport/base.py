@@ -79,7 +79,7 @@ class Header:
     def pack_into(self, buffer: np.ndarray) -> None:
         """Write the header to the first HEADER_BYTES of ``buffer`` (uint8)."""
         self.LAYOUT.pack_into(
-            buffer, 0, MAGIC, WIRE_VERSION, self.kind, self.mesh, self.sender, self.sequence, self.attempt, self.layer,
+            buffer.data, 0, MAGIC, WIRE_VERSION, self.kind, self.mesh, self.sender, self.sequence, self.attempt, self.layer,
             self.epoch, self.group, self.placement, self.live, self.rows, self.columns, self.flags, self.dtype, 0,
             self.meta_bytes, self.digest, self.trace_id, self.span_id,
         )  # fmt: skip
@@ -92,7 +92,7 @@ class Header:
         (
             magic, version, kind, mesh, sender, sequence, attempt, layer, epoch, group, placement, live, rows, columns,
             flags, dtype, _, meta_bytes, digest, trace_id, span_id,
-        ) = cls.LAYOUT.unpack_from(buffer)  # fmt: skip
+        ) = cls.LAYOUT.unpack_from(buffer.data)  # fmt: skip
         if magic != MAGIC or version != WIRE_VERSION:
             raise BadFrame(f"magic {magic!r} version {version}: expected {MAGIC!r} version {WIRE_VERSION}")
         if dtype >= len(DTYPES):
