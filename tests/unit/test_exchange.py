@@ -92,6 +92,17 @@ def test_a_dead_instance_with_replicated_homes_changes_no_byte(dead):
         assert mesh.exchange.ready()
 
 
+def test_when_the_replacement_dies_too_the_first_suspect_is_tried_again():
+    """No heartbeat says that e0 is back: only asking can tell."""
+    with toy_mesh(everywhere(2), give_up=5.0) as mesh:
+        addresses = [i.transport.address for i in mesh.instances]
+        mesh.network.cut(addresses[0])
+        mesh.check(seed=1)
+        mesh.network.heal(addresses[0])
+        mesh.network.cut(addresses[1])
+        mesh.check(seed=2)
+
+
 def test_a_broken_connection_is_noticed_before_the_deadline():
     with toy_mesh(everywhere(2), deadline=600.0) as mesh:
         mesh.instances[1].server.stop()
