@@ -117,7 +117,7 @@ class Received:
 class ToyEngine:
     """The real engine with toy parts, a clock that is set by hand and a gateway that remembers."""
 
-    def __init__(self, poison=(), no_home_deadline=30.0, **limits):
+    def __init__(self, poison=(), no_home_deadline=30.0, emit: Any = None, **limits):
         defaults: dict[str, Any] = {
             "max_model_len": 200, "max_num_seqs": 8, "max_batched_tokens": 16, "max_waiting": 1000,
             "vocab_size": VOCAB, "kv_blocks": 100, "block_size": 4,
@@ -130,7 +130,9 @@ class ToyEngine:
         decoder: Any = ToyDecoder(self.limits.block_size, poison)
         cache = decoder.new_cache(self.limits.kv_blocks)
         runner = ModelRunner(decoder, cache, self.exchange, self.limits.block_size)
-        self.engine = Engine(runner, self.exchange, self.batcher, self._emit, no_home_deadline, lambda: self.now)
+        self.engine = Engine(
+            runner, self.exchange, self.batcher, emit or self._emit, no_home_deadline, lambda: self.now
+        )
         self.received: dict[str, Received] = {}
         self.first: dict[str, int] = {}
         self.sent: list[tuple[str, TokenDelta]] = []
