@@ -120,6 +120,7 @@ class Gateway:
             for child in range(n):
                 sampling = sampling_params(request, max_tokens, child, limits)
                 jobs.append(Job(number * n + child, prompt.ids, sampling, request.stops))
+        self.metrics.prompt_tokens += sum(len(prompt.ids) for prompt in prompts)
         return jobs
 
     def _admit(self, choices: int) -> None:

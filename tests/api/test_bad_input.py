@@ -119,6 +119,8 @@ def test_operations(http):
         'requests_total{outcome="length"}', "refused_total",
     ):  # fmt: skip
         assert f"moemesh_{name}" in text, name
+    counted = [line for line in text.splitlines() if line.startswith("moemesh_prompt_tokens_total")]
+    assert float(counted[0].split()[1]) > 0
 
 
 async def test_a_client_that_stops_in_the_middle_of_its_body(api_url):

@@ -385,6 +385,15 @@ async def test_sixty_four_streams_at_once(mesh, http):
     assert [text for text, _ in found[::8]] == clean
 
 
+async def test_a_callers_trace_reaches_the_attention_instance(tmp_path):
+    """The endpoint is never reached: only the headers matter here."""
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    async with fake_mesh(tmp_path, otlp_endpoint="http://127.0.0.1:9") as mesh:
+        async with post(mesh.url, "/v1/completions", STREAM, traceparent=f"00-{trace}-b7ad6b7169203331-01") as stream:
+            await stream.all()
+        assert mesh.fake.submits[-1].trace["traceparent"].split("-")[1] == trace
+
+
 # ---- the process ------------------------------------------------------------------------------------------
 
 
