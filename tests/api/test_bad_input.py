@@ -112,6 +112,7 @@ def test_operations(http):
     assert http.get("/ready").status_code == 200
     assert http.get("/version").json()["version"]
     still_works(http)
+    assert http.post("/v1/completions", json={}).status_code == 400
     text = http.get("/metrics").text
     for name in (
         "running", "waiting", "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
