@@ -114,7 +114,7 @@ async def test_a_traced_request_becomes_a_span_under_its_parent(nats_server: Nat
         assert (await s.submit("r", 4)).ok
         assert (await s.submit("refused", 5000)).code == "too_long"
         await until(s.finish, "the end")
-        await s.server.drain(1.0)
+        await until(lambda: not s.server._spans, "the span ends")
         s.telemetry.shutdown()
         spans = {span.attributes["request_id"]: span for span in s.spans.get_finished_spans() if span.attributes}
         assert {name: (span.attributes or {})["outcome"] for name, span in spans.items()} == {
