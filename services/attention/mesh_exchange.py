@@ -21,6 +21,7 @@ from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Peer, Transport
 
 MAX_DISAGREEMENTS = 3
+LONGEST_PATIENCE = 8  # deadlines: doubling ends there
 SLICE_S = 0.05  # how often a waiting exchange looks whether a connection broke
 
 
@@ -30,7 +31,8 @@ class MeshExchange:
     Args:
         mesh: hash of mesh name and model digest (shared/activation.py).
         incarnation: of this process.
-        deadline: seconds to wait for replies before an exchange is repeated; doubles with every fruitless repeat.
+        deadline: seconds to wait for replies before an exchange is repeated; doubles, up to eightfold, with
+            every fruitless repeat.
         give_up: seconds after which an exchange ends with ExchangeUnavailable; 0: three deadlines.
         pause: seconds before a refused dispatch is repeated; doubles up to 0.1 s.
     """
@@ -170,7 +172,7 @@ class MeshExchange:
         if now >= pending.give_up:
             pending.problem = pending.problem or f"no answer within {self._give_up:g} s"
             raise self._unavailable(pending, pending.missing)
-        pending.patience *= 2
+        pending.patience = min(2 * pending.patience, LONGEST_PATIENCE * self._deadline)
         self._again(pending, pending.missing, "deadline")
 
     def _retry_refused(self, pending: Pending) -> None:
