@@ -94,8 +94,8 @@ class CpuKernels:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> fp32 [T, N]."""
         x = _rows(x)
         (rows, depth), cols = x.shape, weight.shape[0]
-        _expect(weight.shape == (cols, depth), f"weight {tuple(weight.shape)} for rows of {depth}")
-        _expect(bias is None or bias.shape == (cols,), f"bias for {cols} outputs")
+        _expect(weight.shape == (cols, depth), "weight {} for rows of {}", weight.shape, depth)
+        _expect(bias is None or bias.shape == (cols,), "bias must have {} entries", cols)
         _expect(weight.is_contiguous(), "weights must be contiguous")
         out = _output(out, (rows, cols))
         offsets = None if bias is None else _rows(bias)
@@ -118,7 +118,7 @@ class CpuKernels:
         """Root-mean-square norm over the last dimension."""
         x = _rows(x)
         depth = x.shape[-1]
-        _expect(weight.shape == (depth,) and weight.is_contiguous(), f"weight for rows of {depth}")
+        _expect(weight.shape == (depth,) and weight.is_contiguous(), "weight {} for rows of {}", weight.shape, depth)
         out = _output(out, x.shape)
         addresses = (x.data_ptr(), weight.data_ptr(), _kind(weight))
         cpu_elementwise.rms_norm(*addresses, float(eps), out.data_ptr(), x.numel() // depth, depth)
@@ -130,7 +130,9 @@ class CpuKernels:
         count, half = cos.shape
         _expect(_is(x, torch.float32) and _is(positions, torch.int32), "x must be fp32, positions int32, contiguous")
         _expect(_is(cos, torch.float32) and _is(sin, torch.float32) and sin.shape == cos.shape, "cos and sin differ")
-        _expect(2 * half <= depth and positions.shape == (rows,), f"{half} pairs in {depth} dimensions")
+        _expect(
+            2 * half <= depth and positions.shape == (rows,), "{} pairs in {} dimensions of {} rows", half, depth, rows
+        )
         done = cpu_elementwise.rope(
             x.data_ptr(),
             cos.data_ptr(),
@@ -142,7 +144,7 @@ class CpuKernels:
             half,
             count,
         )
-        _expect(done, f"positions must lie in 0 .. {count - 1}")
+        _expect(done, "positions must be below {}", count)
 
     def store_kv(self, cache: Tensor, rows: Tensor, slots: Tensor) -> None:
         """cache [blocks, block_size, kv_heads, D] viewed as slots; rows [T, kv_heads, D]."""
@@ -151,7 +153,7 @@ class CpuKernels:
         _expect(rows.shape[1:] == cache.shape[2:] and slots.shape == rows.shape[:1], "rows do not fit the cache")
         room, depth = cache.shape[0] * cache.shape[1], cache.shape[2] * cache.shape[3]
         done = cpu_elementwise.store_rows(cache.data_ptr(), rows.data_ptr(), slots.data_ptr(), len(slots), depth, room)
-        _expect(done, f"slots must lie in 0 .. {room - 1}")
+        _expect(done, "slots must be below {}", room)
 
     def attention(
         self,
@@ -170,10 +172,10 @@ class CpuKernels:
         blocks, block_size, kv_heads, _ = k_cache.shape
         _expect(_is(k_cache, torch.float32) and _is(v_cache, torch.float32), "caches must be fp32 and contiguous")
         _expect(k_cache.shape == v_cache.shape and k_cache.shape[3] == depth, "q and the caches do not fit")
-        _expect(heads % kv_heads == 0, f"{heads} heads over {kv_heads} key-value heads")
+        _expect(heads % kv_heads == 0, "{} heads over {} key-value heads", heads, kv_heads)
         indices = (tables, sequence, positions)
         _expect(all(_is(index, torch.int32) for index in indices), "tables, sequence and positions must be int32")
-        _expect(sequence.shape == positions.shape == (rows,), f"sequence and positions for {rows} rows")
+        _expect(sequence.shape == positions.shape == (rows,), "sequence and positions must have {} entries", rows)
         out = torch.empty(rows, heads * depth)
         addresses = tuple(tensor.data_ptr() for tensor in (q, k_cache, v_cache, *indices, out))
         sizes = (rows, heads, kv_heads, depth, blocks, block_size, *tables.shape)
@@ -185,8 +187,8 @@ class CpuKernels:
         """Gate: (weights fp32 [T, k], ids int32 [T, k]), largest first, ties to the lowest id."""
         logits = self.linear(x, weight)
         rows, experts = logits.shape
-        _expect(router.score == "softmax", f"gate score {router.score!r}")
-        _expect(0 < router.top_k <= experts, f"top {router.top_k} of {experts} experts")
+        _expect(router.score == "softmax", "gate score {!r}; known is softmax", router.score)
+        _expect(0 < router.top_k <= experts, "top {} of {} experts", router.top_k, experts)
         weights = torch.empty(rows, router.top_k)
         ids = torch.empty(rows, router.top_k, dtype=torch.int32)
         cpu_elementwise.choose(
@@ -210,7 +212,11 @@ class CpuKernels:
         shapes = ((inner, width), (inner, width), (width, inner))
         for expert, weights in experts.items():
             fits = tuple(tuple(weight.shape) for weight in weights) == shapes
-            _expect(fits and all(_is(weight, first.dtype) for weight in weights), f"weights of expert {expert}")
+            _expect(
+                fits and all(_is(weight, first.dtype) for weight in weights),
+                "expert {}: its weights differ in shape or dtype from others",
+                expert,
+            )
             addresses[expert] = [weight.data_ptr() for weight in weights]
         tensors = {expert: tuple(weights) for expert, weights in experts.items()}
         return CpuExpertTable(addresses, _kind(first), width, inner, tensors)
@@ -223,12 +229,12 @@ class CpuKernels:
             raise TypeError("the expert table was made by other kernels")
         x = _rows(x)
         parts = len(ids)
-        _expect(activation in _ACTIVATIONS, f"activation {activation!r}; known are {', '.join(_ACTIVATIONS)}")
+        _expect(activation in _ACTIVATIONS, "activation {!r}; known are {}", activation, list(_ACTIVATIONS))
         _expect(_is(tokens, torch.int32) and _is(ids, torch.int32), "tokens and ids must be int32 and contiguous")
         _expect(tokens.shape == ids.shape, "tokens and ids must have one entry per part")
         if parts == 0:
             return out
-        _expect(x.shape[1] == table.hidden, f"rows of {x.shape[1]} for experts of {table.hidden}")
+        _expect(x.shape[1] == table.hidden, "rows of {} for experts of {}", x.shape[1], table.hidden)
         _output(out, (parts, table.hidden))
         tensors = (x.data_ptr(), tokens.data_ptr(), ids.data_ptr())
         addresses = (*tensors, table.addresses.ctypes.data, out.data_ptr())
@@ -250,7 +256,7 @@ class CpuKernels:
         _expect(_is(source, torch.int32) and _is(index, torch.int32), "source and index must be int32")
         _expect(_is(weights, torch.float32), "weights must be fp32")
         for part in rows:
-            _expect(_is(part, torch.float32) and part.shape[1] == depth, f"parts must be fp32 rows of {depth}")
+            _expect(_is(part, torch.float32) and part.shape[1] == depth, "parts must be fp32 rows of {}", depth)
         parts = np.array([(part.data_ptr(), len(part)) for part in rows], np.int64).reshape(-1, 2)
         done = cpu_elementwise.combine(
             out.data_ptr(), parts, source.data_ptr(), index.data_ptr(), weights.data_ptr(), *shape, depth
@@ -258,9 +264,10 @@ class CpuKernels:
         _expect(done, "source and index must name rows that were given")
 
 
-def _expect(condition: bool, problem: str) -> None:
+def _expect(condition: bool, problem: str, *values: object) -> None:
+    """Raise ValueError with ``problem`` (a format string: nothing is formatted while all is well)."""
     if not condition:
-        raise ValueError(problem)
+        raise ValueError(problem.format(*values))
 
 
 def _is(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -272,10 +279,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if _is(x, torch.float32) else x.float().contiguous()
 
 
-def _output(out: Tensor | None, shape: Sequence[int]) -> Tensor:
+def _output(out: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     if out is None:
         return torch.empty(shape)
-    _expect(_is(out, torch.float32) and out.shape == torch.Size(shape), f"out must be contiguous fp32 {tuple(shape)}")
+    _expect(_is(out, torch.float32) and out.shape == shape, "out must be contiguous fp32 {}", shape)
     return out
 
 

@@ -27,6 +27,8 @@ intrinsic: Any = numba_intrinsic
 """Untyped: the first parameter of an intrinsic is not one that its callers give."""
 
 _OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy"}
+_AUTOMATIC = ("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil")
+"""What numba would make parallel besides ``prange``; even ``np.zeros(1)`` would start all threads."""
 _carray: Any = numba.carray  # type: ignore[attr-defined]
 
 
@@ -41,8 +43,9 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """Like ``kernel``, for functions with a ``prange`` over threads."""
-    return numba.njit(nogil=True, parallel=True, **_OPTIONS)(function)
+    """Like ``kernel``, for functions with a ``prange`` over threads; nothing else in them becomes parallel."""
+    parallel: Any = dict.fromkeys(_AUTOMATIC, False)
+    return numba.njit(nogil=True, parallel=parallel, **_OPTIONS)(function)
 
 
 def routine(signature: str, function: Callable[..., Any]) -> Any:
