@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from shared.errors import MoemeshError
 from shared.messages import Placement
+from shared.transport.base import body_offset
 
 PARTS = np.dtype([("token", "<u4"), ("expert", "<u4"), ("weight", "<f4")])
 """One part: row of the exchange, logical expert, gate weight. The meta of a COMBINE frame is an array of them."""
@@ -193,3 +194,9 @@ def _own(ids, replicas, weights, instance):  # noqa: ANN001, ANN202
                 starts[ids[t, j]] += 1
                 tokens[p], experts[p], own[p] = t, ids[t, j], weights[t, j]
     return tokens, experts, own
+
+
+def longest_frame(rows: int, top_k: int, hidden: int) -> int:
+    """Bytes of the largest frame of an exchange of ``rows`` rows: a reply with every part of every row, in fp32."""
+    parts = rows * top_k
+    return body_offset(parts * PARTS.itemsize) + parts * hidden * 4

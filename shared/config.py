@@ -59,6 +59,7 @@ class AttentionConfig(MeshConfig):
 class ExpertsConfig(MeshConfig):
     slots: int = setting(0, "most replicas on this instance; 0: no limit")
     max_batched_tokens: int = setting(512, "most rows in one exchange; must be the attention pool's")
+    dtype: str = setting("auto", "dtype of rows and weights; must be the attention pool's")
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
 
 

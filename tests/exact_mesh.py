@@ -106,7 +106,9 @@ class ExactMesh:
                     assert decision.ok, decision
             for engine in self.engines:
                 engine.turn()
-            if turn >= max(arrivals.values()) and all(name in self.outputs and self.outputs[name].finish for name in requests):
+            if turn >= max(arrivals.values()) and all(
+                name in self.outputs and self.outputs[name].finish for name in requests
+            ):
                 break
         assert all(not pool.leaked() for pool in self.pools)
         return {name: self.outputs[name] for name in requests}

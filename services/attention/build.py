@@ -6,7 +6,6 @@ All of it happens in the compute thread, to which the data plane and the tensors
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -14,19 +13,17 @@ import torch
 from services.attention import sampler
 from services.attention.batching import Batcher, Limits
 from services.attention.engine import Emit, Engine
-from services.attention.exchange import Exchange
 from services.attention.kv_cache import BlockPool
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.replies import Arrangement
-from services.attention.sizing import context_length, longest_frame, plan_limits
+from services.attention.sizing import context_length, plan_limits
 from services.attention.step import ModelRunner
-from shared.activation import PARTS, mesh_hash
+from shared.activation import PARTS, longest_frame, mesh_hash
 from shared.config import AttentionConfig
-from shared.errors import ConfigError
 from shared.kernels.base import Kernels, select_kernels
 from shared.models.decoder import Decoder
-from shared.models.layout import tensor_name
 from shared.models.loader import Checkpoint
+from shared.models.precision import compute_dtype
 from shared.transport.base import Transport
 from shared.transport.ucx import UcxTransport
 
@@ -40,18 +37,6 @@ class Identity:
 
     mesh: str
     incarnation: int
-
-
-def compute_dtype(setting: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """Of activations and the KV cache. Raises ConfigError."""
-    stored = checkpoint.tensor(tensor_name(checkpoint.spec, "embed", 0, 0)).dtype
-    automatic = torch.float32 if device.type == "cpu" else stored
-    known = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if setting not in known:
-        raise ConfigError("--dtype", f"{setting!r} is not one of {', '.join(known)}")
-    if device.type == "cpu" and known[setting] is not torch.float32:
-        raise ConfigError("--dtype", f"{setting} needs a GPU; the CPU computes in float32 whatever the weights are")
-    return known[setting]
 
 
 @dataclass
@@ -82,20 +67,21 @@ def build(
     limits = plan_limits(config, spec, decoder.bytes_per_block(config.block_size))
     say(f"KV cache of {limits.kv_blocks * limits.block_size} tokens")
     cache = decoder.new_cache(limits.kv_blocks, limits.block_size)
-    transport = UcxTransport(longest_frame(limits.max_batched_tokens, spec), device, config.ucx_tls)
-    mesh_exchange = MeshExchange(
+    transport = UcxTransport(
+        longest_frame(limits.max_batched_tokens, spec.router.top_k, spec.hidden), device, config.ucx_tls
+    )
+    exchange = MeshExchange(
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
         mesh=mesh_hash(identity.mesh, checkpoint.digest), incarnation=identity.incarnation,
         deadline=config.exchange_deadline,
     )  # fmt: skip
-    exchange = cast(Exchange, mesh_exchange)  # its handles are its own kind, which it alone looks into
     runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers)
     say("compiling kernels")
     with torch.inference_mode():
         warm_up(runner, kernels, spec.router.top_k)
     batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size))
     engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline)
-    return Built(engine, mesh_exchange, transport, limits)
+    return Built(engine, exchange, transport, limits)
 
 
 def warm_up(runner: ModelRunner, kernels: Kernels, top_k: int) -> None:

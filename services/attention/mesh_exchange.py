@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from services.attention.exchange import Staged, View
+from services.attention.exchange import Handle, Staged, View
 from services.attention.pending import ExchangeStats, Inbox, Pending
 from services.attention.replies import Arrangement
 from services.attention.targets import Targets
@@ -21,6 +21,7 @@ from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Peer, Transport
 
 MAX_DISAGREEMENTS = 3
+MOST_QUEUED = 1000
 LONGEST_PATIENCE = 8  # deadlines: doubling ends there
 SLICE_S = 0.05  # how often a waiting exchange looks whether a connection broke
 
@@ -111,7 +112,8 @@ class MeshExchange:
         self._send(pending, pending.asked, staged)
         return pending
 
-    def combine(self, handle: Pending, x: Tensor) -> None:
+    def combine(self, handle: Handle, x: Tensor) -> None:
+        assert isinstance(handle, Pending)  # ours: dispatch made it
         start = time.monotonic()
         try:
             self._gather(handle)
@@ -142,17 +144,25 @@ class MeshExchange:
         """Until one frame, the retry of a refusal or the deadline; acts on the latter two."""
         due = min(pending.deadline, pending.retry_at)
         received = self._receive(min(due - time.monotonic(), SLICE_S))
+        now = time.monotonic()
+        if now >= pending.deadline:
+            self._catch_up()
         if pending.fatal:
             raise self._unavailable(pending, pending.refused)
         if not pending.missing:
             return
-        now = time.monotonic()
         if now >= pending.deadline:
             self._overdue(pending, now)
         elif now >= pending.retry_at:
             self._retry_refused(pending)
         elif not received:
             self._look_for_dead(pending)
+
+    def _catch_up(self) -> None:
+        """Take what has arrived already: it is this process that was late. Bounded, for frames may come without end."""
+        for _ in range(MOST_QUEUED):
+            if not self._receive(0.0):
+                return
 
     def _verify(self, pending: Pending) -> str:
         """Why the replies cannot be summed, "" when they can."""

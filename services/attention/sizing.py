@@ -2,11 +2,9 @@
 
 from services.attention.batching import Limits
 from services.attention.kv_cache import blocks_for
-from shared.activation import PARTS
 from shared.config import AttentionConfig, parse_bytes
 from shared.errors import ConfigError
 from shared.models.spec import ModelSpec
-from shared.transport.base import body_offset
 
 POSITIVE = ("max_num_seqs", "max_batched_tokens", "max_waiting", "block_size")
 
@@ -50,9 +48,3 @@ def _check_kv(config: AttentionConfig, longest: int, blocks: int, bytes_per_bloc
             f"{config.kv_memory} holds {blocks * config.block_size} tokens, one sequence may have {longest}; "
             f"give {mebibytes}MiB or more, or a smaller --max-model-len",
         )
-
-
-def longest_frame(rows: int, spec: ModelSpec) -> int:
-    """Bytes of the largest frame of an exchange of ``rows`` rows: a reply with every part of every row, in fp32."""
-    parts = rows * spec.router.top_k
-    return body_offset(parts * PARTS.itemsize) + parts * spec.hidden * 4

@@ -14,14 +14,14 @@ import torch
 from services.experts.compute import compute_parts, plan_parts
 from services.experts.server import ExpertServer, Record, ServerLimits
 from services.experts.store import ExpertStore
-from shared.activation import PARTS, mesh_hash, write_parts
+from shared.activation import PARTS, longest_frame, mesh_hash, write_parts
 from shared.config import ExpertsConfig
 from shared.kernels.base import select_kernels
-from shared.models.layout import tensor_name
 from shared.models.loader import Checkpoint
 from shared.models.moe import MoeLayer
+from shared.models.precision import compute_dtype
 from shared.models.spec import ModelSpec
-from shared.transport.base import Transport, body_offset
+from shared.transport.base import Transport
 from shared.transport.ucx import UcxTransport
 
 Say = Callable[[str], None]
@@ -51,26 +51,13 @@ class Built:
             self.server.run()
 
 
-def compute_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """Of rows and, off the CPU, of weights: what the checkpoint stores there, float32 on the CPU."""
-    if device.type == "cpu":
-        return torch.float32
-    return checkpoint.tensor(tensor_name(checkpoint.spec, "embed", 0, 0)).dtype
-
-
-def longest_frame(rows: int, spec: ModelSpec) -> int:
-    """Bytes of the largest frame of an exchange of ``rows`` rows: a reply with every part of every row, in fp32."""
-    parts = rows * spec.router.top_k
-    return body_offset(parts * PARTS.itemsize) + parts * spec.hidden * 4
-
-
 def build(
     config: ExpertsConfig, checkpoint: Checkpoint, device: torch.device, threads: int, identity: Identity,
     record: Record, say: Say,
 ) -> Built:  # fmt: skip
     """Raises ModelError and TransportError."""
     spec = checkpoint.spec
-    dtype = compute_dtype(device, checkpoint)
+    dtype = compute_dtype(config.dtype, device, checkpoint)
     kernels = select_kernels(device, threads)
     say("loading gates")
     make = partial(MoeLayer, checkpoint, kernels, device, dtype)
@@ -78,7 +65,9 @@ def build(
     say("compiling kernels")
     with torch.inference_mode():
         warm_up(make(spec.moe_layers[0]), spec, device, dtype)
-    transport = UcxTransport(longest_frame(config.max_batched_tokens, spec), device, config.ucx_tls)
+    transport = UcxTransport(
+        longest_frame(config.max_batched_tokens, spec.router.top_k, spec.hidden), device, config.ucx_tls
+    )
     server = ExpertServer(
         transport,
         layers,

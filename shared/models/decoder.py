@@ -4,8 +4,10 @@ Works on flattened rows of many sequences over a paged KV cache; knows no reques
 H = hidden size, R = rows whose logits are wanted.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ class Decoder:
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         """Zeroed, because a masked row of garbage may hold NaN, which no mask multiplies away."""
         shapes = [(blocks, block_size, *_kv_shape(layer)) for layer in self.spec.layers]
-        k, v = ([torch.zeros(s, dtype=self.dtype, device=self.device) for s in shapes] for _ in range(2))
+        k, v = ([_zeros(shape, self.dtype, self.device) for shape in shapes] for _ in range(2))
         return KvCache(k, v)
 
     def bytes_per_block(self, block_size: int) -> int:
@@ -123,3 +125,10 @@ class Decoder:
 
 def _kv_shape(layer: LayerSpec) -> tuple[int, int]:
     return layer.attention.kv_heads, layer.attention.head_dim
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU pages that nobody has written take no memory, as torch.zeros would."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

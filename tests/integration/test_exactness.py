@@ -60,7 +60,7 @@ faults = st.builds(
     st.fixed_dictionaries(dict.fromkeys(FrameKind, rates)),
 )
 shapes = st.builds(
-    lambda pool, homes, tokens, blocks: Shape(*pool, min(homes, pool[1]), tokens, *blocks),
+    lambda pool, homes, tokens, blocks: Shape(pool[0], pool[1], min(homes, pool[1]), tokens, blocks[0], blocks[1]),
     st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2)]),
     st.integers(1, 3),
     st.sampled_from([3, 8, 31, 64, 512]),

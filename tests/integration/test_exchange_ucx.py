@@ -63,8 +63,8 @@ class Bench:
         self.members = self.attention.members
         await self.scheduler.ready(lambda: {"placement": self._version})
         await self.attention.join(self.checkpoint.facts())
-        limits = {"max_model_len": 1, "kv_blocks": 1, "block_size": 1, "max_num_seqs": 1}
-        await self.attention.ready(lambda: {"attention": AttentionFacts(placement=self._version, **limits)})
+        facts = AttentionFacts(max_model_len=1, kv_blocks=1, block_size=1, max_num_seqs=1)
+        await self.attention.ready(lambda: {"attention": facts.model_copy(update={"placement": self._version})})
         await self.compute(self._build)
         self._stack.callback(lambda: self._compute.submit(self.transport.close).result(60))
 

@@ -18,7 +18,9 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=["tiny-qwen3", "tiny-mixtral", "demo"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningMesh, Any]]:
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RunningMesh, Any]]:
     """A 1A2E mesh and transformers' model of the same checkpoint."""
     path = Path(__file__).parents[2] / "models" / "demo"
     if request.param != "demo":

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from services.attention.parts import ASSEMBLY_S, MAX_ASSEMBLIES, PartBuffer
-from services.attention.sizing import longest_frame, plan_limits
+from services.attention.sizing import plan_limits
+from shared.activation import longest_frame
 from shared.config import AttentionConfig
 from shared.errors import ConfigError
 from shared.messages import Decision, SamplingParams, Submit
@@ -50,7 +51,7 @@ def test_settings_that_cannot_work_are_refused_by_name(changes, setting, words):
 
 def test_the_longest_frame_has_room_for_every_part_of_every_row():
     reply = Header(4, 0, 0, 0, rows=512 * 2, columns=8, meta_bytes=512 * 2 * 12)
-    assert longest_frame(512, SPEC) == reply.frame_bytes
+    assert longest_frame(512, SPEC.router.top_k, SPEC.hidden) == reply.frame_bytes
 
 
 # ---- long prompts in parts ----------------------------------------------------------------------------------

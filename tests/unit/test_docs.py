@@ -13,6 +13,7 @@ FOLDERS = (
 def listed() -> dict[str, list[str]]:
     """Folder -> file names in its table."""
     tables: dict[str, list[str]] = {}
+    names: list[str] = []
     for line in (ROOT / "docs" / "architecture.md").read_text().splitlines():
         if title := re.match(r"\*\*([a-z/]+)[:*]", line):
             tables[title[1]] = names = []

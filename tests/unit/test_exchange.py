@@ -346,6 +346,16 @@ def test_a_reply_to_an_earlier_attempt_with_the_same_live_mask_counts():
         assert np.array_equal(combine(scripted, handle), RIGHT)
 
 
+def test_replies_that_wait_in_the_queue_are_not_late(scripted):
+    """After a pause of this process the deadline has passed, but everybody has answered."""
+    handle = scripted.ask()
+    handle.deadline = handle.give_up = 0.0
+    scripted.parts(*E0_PARTS)
+    scripted.parts(*E1_PARTS, sender=101)
+    assert np.array_equal(combine(scripted, handle), RIGHT)
+    assert not scripted.exchange.stats().repeats
+
+
 @pytest.mark.parametrize(
     ("message", "first", "second"),
     [
