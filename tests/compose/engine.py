@@ -6,6 +6,7 @@ rules in the namespace. Needs root and no registry: the base image is made by de
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -158,11 +159,12 @@ class Engine:
         return f"unix://{self.home / 'docker.sock'}"
 
     def _try(self, *command: str, limit_s: float = 60) -> subprocess.CompletedProcess[str]:
-        settings = {"DOCKER_HOST": self._socket, "DOCKER_BUILDKIT": "0", "MOEMESH_IMAGE": IMAGE, "HOME": str(self.home)}
-        kept = {"PATH": os.environ["PATH"], "COMPOSE_PROJECT_NAME": "mesh"}
+        settings = {"DOCKER_HOST": self._socket, "DOCKER_BUILDKIT": "0", "COMPOSE_PROJECT_NAME": "mesh"}
+        kept = {"PATH": os.environ["PATH"], "HOME": str(self.home)}
+        ours = {"MOEMESH_IMAGE": IMAGE, "MOEMESH_MEMLOCK": str(resource.getrlimit(resource.RLIMIT_MEMLOCK)[1])}
         where = self.context if self.context.exists() else self.home
         return subprocess.run(
-            command, env={**kept, **settings}, cwd=where, capture_output=True, text=True, timeout=limit_s, check=False
+            command, env=kept | settings | ours, cwd=where, capture_output=True, text=True, timeout=limit_s, check=False
         )
 
 

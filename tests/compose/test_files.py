@@ -36,7 +36,14 @@ def test_each_kind_is_one_service_that_can_be_scaled(name):
 def test_containers_of_the_data_plane_can_share_memory(name):
     for kind, service in resolved(name).items():
         shared = (service.get("ipc"), service.get("pid"), service.get("ulimits"))
-        assert shared == (("host", "host", {"memlock": -1}) if kind in WORKERS else (None, None, None))
+        expected = ("host", "host", {"memlock": "${MOEMESH_MEMLOCK:--1}"})
+        assert shared == (expected if kind in WORKERS else (None, None, None))
+
+
+def test_exchanges_do_not_wait_for_wakeups_that_cannot_cross_networks():
+    for kind, service in resolved("compose.cpu.yaml").items():
+        excluded = service.get("environment", {}).get("MOEMESH_UCX_TLS")
+        assert excluded == ("${MOEMESH_UCX_TLS:-^posix,sysv}" if kind in WORKERS else None)
 
 
 def test_every_gpu_is_offered_to_every_instance_that_computes():
