@@ -80,8 +80,8 @@ class Header:
         """Write the header to the first HEADER_BYTES of ``buffer`` (uint8)."""
         self.LAYOUT.pack_into(
             buffer.data, 0, MAGIC, WIRE_VERSION, self.kind, self.mesh, self.sender, self.sequence, self.attempt,
-            self.layer, self.epoch, self.group, self.placement, self.live, self.rows, self.columns, self.flags, self.dtype, 0,
-            self.meta_bytes, self.digest, self.trace_id, self.span_id,
+            self.layer, self.epoch, self.group, self.placement, self.live, self.rows, self.columns, self.flags,
+            self.dtype, 0, self.meta_bytes, self.digest, self.trace_id, self.span_id,
         )  # fmt: skip
 
     @classmethod
