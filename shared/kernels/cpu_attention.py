@@ -22,15 +22,11 @@ STRETCH = 64
 
 
 @helper
-def _softmaxes(scores, ends, starts, group, scale):
-    """Turn scores [rows * group, positions] into weights, each row over its own range of positions."""
+def _softmaxes(scores, starts, ends, group, scale, totals):
+    """Turn scores [rows * group, positions] into weights, each row over its own range of positions, and ``totals``."""
     for t in range(len(ends)):
-        count = ends[t] - starts[t]
-        for g in range(group):
-            row = scores[t * group + g, starts[t] :]
-            total = softmax(row, count, scale)
-            for p in range(count):
-                row[p] /= total
+        for g in range(t * group, (t + 1) * group):
+            totals[g] = softmax(scores[g, starts[t] :], ends[t] - starts[t], scale)
 
 
 def _attend(q, k, v, cache, ranges, scores, out, rows, heads, group, depth, length, scale):
@@ -42,7 +38,8 @@ def _attend(q, k, v, cache, ranges, scores, out, rows, heads, group, depth, leng
         for t in range(rows):
             a, b = max(near, starts[t]), min(near + STRETCH, ends[t])
             dot_block(queries, t * heads, group, keys, at, a, max(a, b), scored, t * group, a)
-    _softmaxes(scored, ends, starts, group, np.float32(scale))
+    totals = view1(scores + rows * group * length * 4, rows * group, FP32)
+    _softmaxes(scored, starts, ends, group, np.float32(scale), totals)
     for t in range(rows):
         for g in range(group):
             for d in range(depth):
@@ -53,14 +50,18 @@ def _attend(q, k, v, cache, ranges, scores, out, rows, heads, group, depth, leng
             for d in range(0, depth, MIX_LANES):
                 lanes = min(MIX_LANES, depth - d)
                 mix_block(scored, t * group, group, a, max(a, b), values, at, outputs, t * heads, d, lanes)
+    for t in range(rows):
+        for g in range(group):
+            for d in range(depth):
+                outputs[t * heads + g, d] /= totals[t * group + g]
 
 
 def compile_attend() -> Any:
     """The routine: one key-value head, consecutive rows of one sequence.
 
     Arguments, int64: addresses of q (its first head of the group), k, v, the positions' rows in k and v (int64), the
-    rows' ranges of positions (int64 starts, then ends), room for rows * group * length scores, out (like q); then rows,
-    heads from one row of q to the next, heads of the group, D, cache positions of the last row; float64: scale.
+    rows' ranges of positions (int64 starts, then ends), room for rows * group * (length + 1) fp32, out (like q); then
+    rows, heads from one row of q to the next, heads of the group, D, cache positions of the last row; float64: scale.
     """
     return routine("void(" + "int64, " * 12 + "float64)", _attend)
 
@@ -92,7 +93,7 @@ def _items(counter, attend, addresses, sizes, size, window, scale):
     for t in range(rows):
         longest = max(longest, np.int64(positions[t]) + 1)
     at = np.empty(longest, np.int64)
-    ranges, scores = np.empty(2 * size, np.int64), np.empty(size * group * longest, np.float32)
+    ranges, scores = np.empty(2 * size, np.int64), np.empty(size * group * (longest + 1), np.float32)
     while True:
         item = take_next(counter)
         first, head = item // kv_heads * size, item % kv_heads

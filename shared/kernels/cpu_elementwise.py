@@ -75,12 +75,10 @@ def activate(gate, up, kind):
 
 @helper
 def softmax(row, n, scale):
-    """row[k] = exp(scale * row[k] - largest) in place for k < n; returns the sum."""
-    for k in range(n):
-        row[k] *= scale
+    """row[k] = exp(scale * (row[k] - largest)) in place for k < n; returns the sum. ``scale`` is positive."""
     largest = lane_max(row, n)
     for k in range(n):
-        row[k] = exp(row[k] - largest)
+        row[k] = exp((row[k] - largest) * scale)
     return lane_sum(row, n)
 
 

@@ -74,20 +74,26 @@ class Emitter:
         name = f"llvm.masked.store.v{LANES}f32.p0"
         self._call(name, ir.VoidType(), vector, pointer, ir.Constant(I32, 4), mask)
 
-    def fold(self, vectors: list[Any]) -> list[Any]:
-        """The sums of up to 16 vectors over their lanes: first lanes 8 apart are added, then 4, 2 and 1 apart.
+    def store_part(self, vector: Any, first: int, count: int, pointer: Any) -> None:
+        """Write lanes first .. first + count - 1 side by side."""
+        order = ir.Constant(ir.VectorType(I32, count), list(range(first, first + count)))
+        part = self.builder.shuffle_vector(vector, vector, order)
+        self.builder.store(part, self.builder.bitcast(pointer, part.type.as_pointer()), align=4)
+
+    def fold(self, vectors: list[Any]) -> Any:
+        """The sums of up to 16 vectors over their lanes, as one vector: lanes 8 apart are added, then 4, 2 and 1 apart.
 
         Two half-folded vectors share one register; the additions of each are those that it would see alone.
         """
-        count, width = len(vectors), LANES
-        vectors = vectors + vectors[-1:] * (LANES - count)
+        width = LANES
+        vectors = vectors + vectors[-1:] * (LANES - len(vectors))
         while width > 1:
             low = [lane for lane in range(2 * LANES) if lane % width < width // 2]
             high = [lane + width // 2 for lane in low]
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
             vectors = [self.builder.fadd(self.shuffle(a, b, low), self.shuffle(a, b, high)) for a, b in pairs]
             width //= 2
-        return [self.builder.extract_element(vectors[0], ir.Constant(I32, i)) for i in range(count)]
+        return vectors[0]
 
     def loop(self, start: Any, stop: Any, step: int, state: list[Any], body: Callable[..., Any]) -> list[Any]:
         """``for i in range(start, stop, step): state = body(i, state)`` with the state in registers."""

@@ -20,8 +20,8 @@ _HEIGHTS = {4: (4, 2, 1), 3: (3, 1)}[TILE_ROWS]
 """Rows of a tile: the first as often as it fits, the next for what is left."""
 
 
-def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows, ws: list[Any]) -> list[Any]:
-    """The dot products of all pairs of row pointers (up to 16 pairs), row-major."""
+def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows, ws: list[Any]) -> Any:
+    """The dot products of all pairs of row pointers (up to 16 pairs), row-major in one vector."""
 
     def step(k: Any, sums: list[Any], mask: Any = None) -> list[Any]:
         a, b = [x.load(row, k, mask) for row in xs], [w.load(row, k, mask) for row in ws]
@@ -48,12 +48,9 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
             ms, ns = [emit.plus(m, r) for r in range(height)], [emit.plus(n, c) for c in range(width)]
             xs = [left.row(row_number(emit, kinds[1], xi, r)) for r in ms]
             ws = [right.row(row_number(emit, kinds[4], wi, c)) for c in ns]
-            sums = iter(_dot_tile(emit, left, xs, right, ws))
-            for r in ms:
-                for c in ns:
-                    column = builder.add(j, builder.sub(c, first))
-                    target = out.at(out.row(builder.add(i, r)), column)
-                    builder.store(next(sums), builder.bitcast(target, FLOAT.as_pointer()), align=4)
+            sums, column = _dot_tile(emit, left, xs, right, ws), builder.add(j, builder.sub(n, first))
+            for r, row in enumerate(ms):
+                emit.store_part(sums, r * width, width, out.at(out.row(builder.add(i, row)), column))
 
         def columns(n: Any, width: int) -> None:
             heights = _HEIGHTS if width > 1 else (1,)
