@@ -16,6 +16,7 @@ import httpx
 import torch
 from common import Bar, median, report, stream_tokens
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from shared.cli.mesh import LocalMesh, MeshOptions
 
@@ -33,11 +34,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to run the checkpoint in transformers."""
+    """One way to run the checkpoint in transformers; peers of one dtype share a model."""
 
     dtype: str
     experts: str
     model: Any
+
+    def generate(self, x: torch.Tensor, output: int) -> float:
+        """Seconds for ``output`` greedy tokens after the prompts x [batch, length]."""
+        self.model.set_experts_implementation(self.experts)
+        settings = {"max_new_tokens": output, "min_new_tokens": output, "do_sample": False}
+        start = time.perf_counter()
+        with torch.inference_mode():
+            y = self.model.generate(x, attention_mask=torch.ones_like(x), **settings)
+        assert y.shape[1] == x.shape[1] + output
+        return time.perf_counter() - start
 
 
 def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
@@ -60,53 +71,38 @@ async def run_mesh(url: str, ids: list[list[int]], output: int) -> Sample:
 def run_peer(peer: Peer, ids: list[list[int]], output: int) -> Sample:
     """transformers' generate on the same prompts as one batch; the first token is timed by a run of its own."""
     x = torch.tensor(ids)
-    first = generate(peer.model, x, 1)
-    whole = generate(peer.model, x, output)
+    first = peer.generate(x, 1)
+    whole = peer.generate(x, output)
     return Sample(first, (whole - first) / max(1, output - 1), len(ids) * output / whole)
 
 
-def generate(model: Any, x: torch.Tensor, output: int) -> float:
-    """Seconds for ``output`` greedy tokens."""
-    start = time.perf_counter()
-    with torch.inference_mode():
-        y = model.generate(
-            x,
-            attention_mask=torch.ones_like(x),
-            max_new_tokens=output,
-            min_new_tokens=output,
-            do_sample=False,
-        )
-    assert y.shape[1] == x.shape[1] + output
-    return time.perf_counter() - start
-
-
 def load_peers(model: str) -> list[Peer]:
-    """The checkpoint in each dtype and experts implementation that this transformers accepts on this host."""
+    """The checkpoint in each dtype, with each experts implementation of transformers."""
     peers = []
     for dtype in ("float32", "bfloat16"):
-        for experts in ("eager", "grouped_mm", "batched_mm"):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, dtype=getattr(torch, dtype), experts_implementation=experts
-            ).eval()
-            peers.append(Peer(dtype, experts, loaded))
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        peers += [Peer(dtype, experts, loaded) for experts in ("eager", "grouped_mm", "batched_mm")]
     return peers
 
 
-def fastest(peers: list[Peer], ids: list[list[int]]) -> Peer:
-    """The peer with the highest decode rate on a short trial; what an implementation cannot do does not run."""
+def fastest(peers: list[Peer], ids: list[list[int]], output: int) -> Peer:
+    """The peer that would finish ``output`` tokens first, by a short trial; what it cannot run does not count."""
     trials: dict[float, Peer] = {}
     for peer in peers:
         try:
-            run_peer(peer, ids, 2)
-            trials[run_peer(peer, ids, PROBE_TOKENS).tpot] = peer
+            peer.generate(torch.tensor(ids), 2)
+            sample = run_peer(peer, ids, PROBE_TOKENS)
         except (RuntimeError, NotImplementedError) as error:
             print(f"transformers {peer.dtype} {peer.experts}: {str(error)[:80]}")
+            continue
+        trials[sample.ttft + (output - 1) * sample.tpot] = peer
     return trials[min(trials)]
 
 
 async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Interleaved repeats for every batch size."""
     torch.set_num_threads(args.threads)
+    transformers_logging.disable_progress_bar()
     batches = [int(b) for b in args.batch.split(",")]
     peers = [] if args.no_peer else load_peers(args.model)
     options = MeshOptions(
@@ -122,7 +118,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
         for batch in batches:
             vocab = args.vocab
             ids = prompts(batch, args.prompt, vocab, seed=batch)
-            peer = fastest(peers, ids) if peers else None
+            peer = fastest(peers, ids, args.output) if peers else None
             await run_mesh(mesh.url, ids, 4)
             ours, theirs = [], []
             for _ in range(args.repeats):
