@@ -6,13 +6,14 @@ Prints one line per payload (latency in microseconds) and the CPU that an idle r
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
+from common import report
 
 from shared.transport.base import FrameKind, Header, Incoming, Peer
 from shared.transport.ucx import UcxTransport
@@ -96,7 +97,7 @@ def ask(args: argparse.Namespace) -> None:
     transport = start(args)
     command = [sys.executable, *sys.argv, "--answer", transport.address.hex()]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(args.peers)]
-    result: dict[str, object] = {"peers": args.peers, "tls": args.tls, "spin_us": args.spin_us, "cores": os.cpu_count()}
+    result: dict[str, Any] = {"peers": args.peers, "tls": args.tls, "spin_us": args.spin_us, "cores": os.cpu_count()}
     try:
         lines = [child.stdout.readline() for child in children if child.stdout]
         peers = [transport.connect(bytes.fromhex(line)) for line in lines]
@@ -115,7 +116,7 @@ def ask(args: argparse.Namespace) -> None:
             except subprocess.TimeoutExpired:
                 child.kill()
     transport.close()
-    print(json.dumps(result))
+    report("transport", result)
 
 
 if __name__ == "__main__":
