@@ -104,7 +104,9 @@ class LocalMesh:
             **options.settings,
         }
         ours.setdefault("threads", str(threads_for(name, options, cores())))
-        return dict(os.environ) | {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
+        variables = {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
+        local = {} if self.options.nats else {"UCX_NET_DEVICES": "lo"}  # nobody elsewhere can be part of this mesh
+        return local | dict(os.environ) | variables
 
     async def _until_ready(self) -> None:
         """Wait for the gateway's /ready, and on every child's exit, with a limit."""
