@@ -5,7 +5,7 @@ Unknown fields are tolerated, so that versions can mix; new fields go last and h
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,7 +24,7 @@ class Message(BaseModel):
 
     def encode(self) -> bytes:
         """MessagePack bytes of this message."""
-        return msgpack.packb(self.model_dump(), use_bin_type=True)
+        return cast(bytes, msgpack.packb(self.model_dump(), use_bin_type=True))
 
     @classmethod
     def decode(cls, data: bytes) -> Self:

@@ -130,5 +130,6 @@ class ExpertsService:
         if not attention or self._server.idle_for() > QUIET_S:
             return True
         newest = self._watch.current
-        left_out = newest is not None and self._instance.id not in newest.instances
-        return left_out and all(facts.placement >= newest.version for facts in attention)
+        if newest is None or self._instance.id in newest.instances:
+            return False
+        return all(facts.placement >= newest.version for facts in attention)
