@@ -31,16 +31,18 @@ BASE = "moemesh-test-base"
 IMAGE = "moemesh-test"
 START_LIMIT_S = 60.0
 _ASK = """
-import json, sys, urllib.error, urllib.request
+import http.client, json, sys, urllib.error, urllib.request
 url, body, timeout = json.load(sys.stdin)
 request = urllib.request.Request(url, body and json.dumps(body).encode(), {"content-type": "application/json"})
 try:
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        print(json.dumps([answer.status, answer.read().decode()]))
-except urllib.error.HTTPError as error:
-    print(json.dumps([error.code, error.read().decode()]))
-except OSError as error:
-    print(json.dumps([0, str(error)]))
+    try:
+        answer = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        answer = error
+    found = answer.status, answer.read().decode()
+except (OSError, http.client.HTTPException) as error:
+    found = 0, repr(error)
+print(json.dumps(found))
 """
 
 
