@@ -68,6 +68,11 @@ class Emitter:
         wide = self.builder.zext(self._load(pointer, ir.IntType(16), mask), _INTS)
         return self.builder.bitcast(self.builder.shl(wide, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
 
+    def prefetch(self, pointer: Any) -> None:
+        """Ask for the cache line at an address, which may be any."""
+        read, keep, data = (ir.Constant(I32, flag) for flag in (0, 3, 1))
+        self._call("llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+
     def store(self, vector: Any, pointer: Any, mask: Any) -> None:
         """Write the fp32 lanes in ``mask``."""
         pointer = self.builder.bitcast(pointer, _FLOATS.as_pointer())
