@@ -287,8 +287,6 @@ class Subjects:
         """JetStream key-value bucket for the placement."""
         self.leader_bucket = f"moemesh-{mesh}-leader"
         """Bucket of its own, because its keys expire."""
-        self.lease_bucket = f"moemesh-{mesh}-leases"
-        """GPU leases (shared/devices.py), with another time to live."""
 
     PLACEMENT_KEY: ClassVar[str] = "placement"
     LEADER_KEY: ClassVar[str] = "leader"
