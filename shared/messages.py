@@ -81,7 +81,7 @@ class AttentionFacts(Message):
     """Tokens still to be computed for accepted requests, the gateway's routing measure."""
     kv_blocks_used: Count = 0
     stalled: bool = False
-    """True while steps wait for an expert home."""
+    """True while requests wait for an expert home, or would."""
 
 
 class ExpertFacts(Message):

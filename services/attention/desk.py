@@ -12,8 +12,6 @@ from services.attention.stats import EngineStats
 from shared.messages import Decision, Submit
 
 ACCEPTED = Decision(ok=True)
-NO_EXPERTS_GRACE_S = 5.0
-"""A home that is lost for so long keeps nobody out: its requests wait for the next one."""
 
 
 class Desk:
@@ -58,7 +56,7 @@ class Desk:
         """Why nobody at all is let in right now."""
         if self.draining:
             return Decision(ok=False, code="draining", message="this instance is stopping")
-        if stats.unready_since is not None and now - stats.unready_since > NO_EXPERTS_GRACE_S:
+        if stats.without_experts(now):
             return Decision(ok=False, code="no_experts", message="some experts have no live home")
         waiting = stats.waiting + self.on_the_way
         if waiting >= self._limits.max_waiting:

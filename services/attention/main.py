@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -66,7 +67,7 @@ async def _serve_on(device: str, config: AttentionConfig, threads: int, instance
     instance.telemetry.collect(read_metrics)
     computing = instance.spawn(compute_until_stopped(), "compute")
     await server.start(engine, await PlacementWatch(instance).start(), limits.max_model_len)
-    await instance.ready(lambda: {"attention": facts(engine.stats, limits), "device": device})
+    await instance.ready(lambda: {"attention": facts(engine.stats, limits, time.monotonic()), "device": device})
     await instance.until_stopped()
     await server.drain(config.drain_s)
     engine.stop()

@@ -12,6 +12,9 @@ from services.attention.pending import ExchangeStats
 from shared.messages import AttentionFacts
 from shared.metrics import Buckets, Sample, sample
 
+NO_EXPERTS_GRACE_S = 5.0
+"""Experts may be away for so long before new requests are refused: a restart of one of them takes seconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -37,8 +40,12 @@ class EngineStats:
     finished: Mapping[str, int] = field(default_factory=dict)
     """By finish reason; errors as their code."""
 
+    def without_experts(self, now: float) -> bool:
+        """True when new requests had better go elsewhere; ``now`` in monotonic seconds."""
+        return self.unready_since is not None and now - self.unready_since > NO_EXPERTS_GRACE_S
 
-def facts(stats: EngineStats, limits: Limits) -> AttentionFacts:
+
+def facts(stats: EngineStats, limits: Limits, now: float) -> AttentionFacts:
     """The heartbeat's part about this instance."""
     return AttentionFacts(
         max_model_len=limits.max_model_len,
@@ -50,7 +57,7 @@ def facts(stats: EngineStats, limits: Limits) -> AttentionFacts:
         running=stats.running,
         outstanding_tokens=stats.outstanding_tokens,
         kv_blocks_used=stats.kv_blocks_used,
-        stalled=stats.stalled,
+        stalled=stats.stalled or stats.without_experts(now),
     )
 
 

@@ -4,9 +4,10 @@ import threading
 
 import pytest
 
-from services.attention.desk import NO_EXPERTS_GRACE_S
+from services.attention.batching import Limits
 from services.attention.exchange import View
 from services.attention.outbox import LINGER_S
+from services.attention.stats import NO_EXPERTS_GRACE_S, EngineStats, facts
 from shared.messages import Placement
 from tests.unit.toy_engine import ToyEngine, alone
 
@@ -263,3 +264,11 @@ def test_run_serves_other_threads_and_ends_when_told():
     thread.join(10)
     assert not thread.is_alive()
     assert engine.received["a"].tokens == alone(PROMPT).tokens
+
+
+def test_heartbeats_say_stalled_before_any_expert_was_seen_and_after_the_grace() -> None:
+    limits = Limits(64, 1, 8, 1, 16, 4, 16)
+    assert facts(EngineStats(), limits, now=0.0).stalled
+    assert not facts(EngineStats(unready_since=None), limits, now=100.0).stalled
+    assert not facts(EngineStats(unready_since=10.0), limits, now=10.0 + NO_EXPERTS_GRACE_S).stalled
+    assert facts(EngineStats(unready_since=10.0), limits, now=10.1 + NO_EXPERTS_GRACE_S).stalled
