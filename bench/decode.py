@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 from shared.cli.mesh import LocalMesh, MeshOptions
 
 PROBE_TOKENS = 6
+GATHERED_MAX = 4 << 30
+"""Bytes of weights that batched_mm may copy in a prefill, which gathers one expert's weights for every part."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def fastest(peers: list[Peer], ids: list[list[int]], output: int) -> Peer:
     """The peer that would finish ``output`` tokens first, by a short trial; what it cannot run does not count."""
     trials: dict[float, Peer] = {}
     for peer in peers:
+        if peer.experts == "batched_mm" and gathered_bytes(peer.model, sum(map(len, ids))) > GATHERED_MAX:
+            continue
         try:
             peer.generate(torch.tensor(ids), 2)
             sample = run_peer(peer, ids, PROBE_TOKENS)
@@ -97,6 +101,13 @@ def fastest(peers: list[Peer], ids: list[list[int]], output: int) -> Peer:
             continue
         trials[sample.ttft + (output - 1) * sample.tpot] = peer
     return trials[min(trials)]
+
+
+def gathered_bytes(model: Any, rows: int) -> int:
+    """Bytes that batched_mm gathers for ``rows`` rows of one layer."""
+    config = model.config
+    weights = 3 * config.hidden_size * config.moe_intermediate_size * model.dtype.itemsize
+    return rows * config.num_experts_per_tok * weights
 
 
 async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
