@@ -245,7 +245,7 @@ async def test_requests_wait_while_the_only_expert_instance_restarts(mesh: Runni
     await client.submit("during", max_tokens=200)
     await until(lambda: len(client.tokens("during")) > 3)
     mesh.kill("experts-0")
-    await until(lambda: client.facts().stalled, "the steps wait")
+    assert client.finish("during") is None, "killed too late to show anything"
     await until(lambda: client.finish("during"), "the request goes on", 120.0)
     assert client.tokens("during") == expected
     assert client.finish("during") == "length"
