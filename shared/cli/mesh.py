@@ -91,6 +91,7 @@ class LocalMesh:
             self.children[name] = child
             await child.start()
         await self._until_ready()
+        self._keep_port()
         self._keepers = [asyncio.create_task(child.keep_alive()) for child in self.children.values()]
 
     def _environ(self, name: str) -> dict[str, str]:
@@ -140,6 +141,11 @@ class LocalMesh:
                     await asyncio.sleep(0.05)
         finally:
             await bus.close()
+
+    def _keep_port(self) -> None:
+        """A gateway that is started again must be found where it was, also when any port was fine at first."""
+        gateway = self.children["gateway-0"]
+        gateway.argv[gateway.argv.index("--port") + 1] = self.url.rpartition(":")[2]
 
     def _report(self, members: Members) -> None:
         for member in members.all():

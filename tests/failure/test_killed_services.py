@@ -2,12 +2,14 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 
 from shared.cli.client import ApiError, stream_completion
+from shared.cli.status import look
 from tests.mesh import RunningMesh, running_mesh
 
 BODY = {"prompt": "In the beginning God created", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
@@ -78,6 +80,43 @@ def test_killing_attention_under_streams_leaves_no_client_waiting(mesh: RunningM
         except ApiError as error:
             print("a stream ended with an error:", error)
     serves_again(mesh, expected)
+
+
+def metrics_of(mesh: RunningMesh, name: str) -> Callable[[str], float]:
+    """Reads a metric of an instance now; 0 for one that is not there yet."""
+    members, _ = mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh))
+    url = next(m.heartbeat.url for m in members if m.id == name)
+
+    def read(metric: str) -> float:
+        text = httpx.get(url + "/metrics", timeout=30).text
+        found = re.search(rf"^{re.escape(metric)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    return read
+
+
+def test_killing_the_gateway_ends_its_streams_and_frees_their_blocks(mesh: RunningMesh, expected: str) -> None:
+    """The dead gateway's clients hear of it at once, its requests are dropped, and it comes back on the same port."""
+    read = metrics_of(mesh, "attention-0")
+    dropped = 'moemesh_requests_total{outcome="cancelled"}'
+    before = read(dropped)
+    body = BODY | {"max_tokens": 1900}
+    running = [stream_completion(mesh.url, dict(body)) for _ in range(3)]
+    for stream in running:
+        assert next(stream)
+    assert read("moemesh_kv_blocks_used") > 0
+    mesh.kill("gateway-0")
+    for stream in running:
+        with pytest.raises(ApiError):
+            list(stream)
+    for _ in range(600):
+        if read("moemesh_kv_blocks_used") == 0:
+            break
+        mesh.call(pause(0.1))
+    assert read("moemesh_kv_blocks_used") == 0
+    assert read(dropped) == before + len(running)
+    serves_again(mesh, expected)
+    assert mesh.mesh.children["gateway-0"].restarts == 1
 
 
 def test_a_restart_of_nats_under_sixteen_streams_changes_no_byte(mesh: RunningMesh, expected: str) -> None:
