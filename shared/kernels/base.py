@@ -28,6 +28,14 @@ class ExpertTable(Protocol):
 class Kernels(Protocol):
     """All tensors lie on one device. ``out`` arguments are written and returned; without one a tensor is made."""
 
+    def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+        """out[t] = row ids[t] of table [N, D]; ids int64 [T], out [T, D]; the table has any dtype of weights."""
+        ...
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x += y, element by element; both of one shape."""
+        ...
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> [T, N]; weight is fp32, bf16 or fp16."""
         ...
@@ -57,6 +65,7 @@ class Kernels(Protocol):
         positions: Tensor,
         scale: float,
         window: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of T query rows over the paged cache -> [T, heads * D].
 

@@ -80,6 +80,8 @@ class CpuKernels:
         norm, positions, pair = torch.ones(16), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1)
         cache, slots = torch.zeros(1, 1, 1, 16), torch.zeros(2, dtype=torch.int64)
         heads = x.view(2, 1, 16)
+        self.take(weight, slots, x)
+        self.add(x, x)
         self.linear(x, weight)
         self.rms_norm(x, norm, 1e-6)
         self.rope(heads, pair, pair, positions)
@@ -89,6 +91,21 @@ class CpuKernels:
         table = self.expert_table({0: (weight, weight, weight)})
         self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
+
+    def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+        """out[t] = row ids[t] of table [N, D], as fp32."""
+        count, depth = table.shape
+        _expect(table.is_contiguous() and _is(ids, torch.int64), "the table must be contiguous, ids int64")
+        _output(out, (len(ids), depth))
+        addresses = (table.data_ptr(), _kind(table), ids.data_ptr(), out.data_ptr())
+        _expect(cpu_elementwise.take(*addresses, len(ids), depth, count), "ids must be below {}", count)
+        return out
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x += y."""
+        _expect(_is(x, torch.float32) and _is(y, torch.float32), "x and y must be contiguous fp32")
+        _expect(x.shape == y.shape, "shapes {} and {} differ", x.shape, y.shape)
+        cpu_elementwise.add(x.data_ptr(), y.data_ptr(), x.numel())
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> fp32 [T, N]."""
@@ -165,6 +182,7 @@ class CpuKernels:
         positions: Tensor,
         scale: float,
         window: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of T query rows over the paged cache -> [T, heads * D]."""
         q = _rows(q)
@@ -176,7 +194,7 @@ class CpuKernels:
         indices = (tables, sequence, positions)
         _expect(all(_is(index, torch.int32) for index in indices), "tables, sequence and positions must be int32")
         _expect(sequence.shape == positions.shape == (rows,), "sequence and positions must have {} entries", rows)
-        out = torch.empty(rows, heads * depth)
+        out = _output(out, (rows, heads * depth))
         addresses = tuple(tensor.data_ptr() for tensor in (q, k_cache, v_cache, *indices, out))
         sizes = (rows, heads, kv_heads, depth, blocks, block_size, *tables.shape)
         done = cpu_attention.attention(self.threads, self._attend.address, addresses, sizes, window, float(scale))

@@ -104,6 +104,29 @@ def _widened(address, kind, n):
 
 
 @kernel
+def take(table, kind, ids, out, rows, depth, count):
+    """out[t] = table[ids[t]] as fp32; table [count, depth] of any kind, ids int64 [rows], out fp32 [rows, depth].
+
+    Returns False, having written nothing, when an id is not in 0 .. count - 1; likewise below.
+    """
+    at, outputs = view1(ids, rows, I64), view2(out, rows, depth, FP32)
+    if not _within(at, count):
+        return False
+    size = 4 if kind == KIND_FP32 else 2
+    for t in range(rows):
+        outputs[t] = _widened(table + at[t] * depth * size, kind, depth)
+    return True
+
+
+@kernel
+def add(x, y, n):
+    """x += y for n fp32."""
+    left, right = view1(x, n, FP32), view1(y, n, FP32)
+    for k in range(n):
+        left[k] += right[k]
+
+
+@kernel
 def rms_norm(x, weight, kind, eps, y, rows, depth):
     """y = x / sqrt(mean(x**2) + eps) * weight; x and y fp32 [rows, depth], weight [depth] of any kind."""
     inputs, outputs = view2(x, rows, depth, FP32), view2(y, rows, depth, FP32)
@@ -118,10 +141,7 @@ def rms_norm(x, weight, kind, eps, y, rows, depth):
 
 @kernel
 def rope(x, cos, sin, positions, rows, heads, depth, half, count):
-    """Rotate pairs (d, d + half) of x [rows, heads, depth]; cos, sin [count, half]; positions int32 [rows].
-
-    Returns False, having written nothing, when a position is not in 0 .. count - 1; likewise below.
-    """
+    """Rotate pairs (d, d + half) of x [rows, heads, depth]; cos, sin [count, half]; positions int32 [rows]."""
     values, at = view3(x, rows, heads, depth, FP32), view1(positions, rows, I32)
     if not _within(at, count):
         return False

@@ -39,6 +39,12 @@ def activate(x: Tensor, activation: str) -> Tensor:
 class ReferenceKernels:
     """``Kernels`` for any device. Activations keep their dtype; norms, softmax and the gate's softmax are fp32."""
 
+    def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(table.index_select(0, ids))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x += y.to(x.dtype)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         y = functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y if out is None else out.copy_(y)
@@ -68,16 +74,17 @@ class ReferenceKernels:
         positions: Tensor,
         scale: float,
         window: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        out = torch.empty_like(q)
+        rows_out = torch.empty_like(q) if out is None else out.view(q.shape)
         for s in sequence.unique().tolist():
             rows = (sequence == s).nonzero().squeeze(1)
             at = positions[rows].long()
             last = int(at.max()) + 1
             blocks = tables[s, : -(-last // k_cache.shape[1])].long()
             k, v = (cache[blocks].flatten(0, 1)[:last] for cache in (k_cache, v_cache))
-            out[rows] = _attend(q[rows], k.to(q.dtype), v.to(q.dtype), at, scale, window)
-        return out.flatten(1)
+            rows_out[rows] = _attend(q[rows], k.to(q.dtype), v.to(q.dtype), at, scale, window)
+        return rows_out.flatten(1)
 
     def route(self, x: Tensor, weight: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
         scores = functional.linear(x, weight.to(x.dtype)).float().softmax(-1)

@@ -15,6 +15,7 @@ from shared.kernels.base import Kernels
 from shared.models.layout import decoder_roles, outer_roles
 from shared.models.loader import Checkpoint
 from shared.models.rope import rope_tables
+from shared.models.scratch import Scratch
 from shared.models.spec import AttentionSpec, LayerSpec, RopeSpec
 
 
@@ -63,6 +64,7 @@ class Decoder:
             for layer, weights in zip(spec.layers, self.layers, strict=True)
             if not layer.moe
         }
+        self.scratch = Scratch(device)
         ropes: set[RopeSpec] = {layer.attention.rope for layer in spec.layers}
         self.rope = {rope: rope_tables(rope, max_positions, device) for rope in ropes}
 
@@ -79,21 +81,23 @@ class Decoder:
 
     def embed(self, step: StepInput) -> Tensor:
         """Residual stream x [T, H]."""
-        rows = self.outer["embed"].index_select(0, step.tokens)
-        return rows.float() if self.device.type == "cpu" else rows
+        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        x = torch.empty(len(step.tokens), self.spec.hidden, dtype=dtype, device=self.device)
+        return self.kernels.take(self.outer["embed"], step.tokens, x)
 
     def attend(self, layer: int, x: Tensor, step: StepInput, cache: KvCache, out: Tensor) -> None:
         """x [T, H] += attention of ``layer``; out [T, H] = the post-attention norm of x, what experts read."""
         a, w, kernels = self.spec.layers[layer].attention, self.layers[layer], self.kernels
-        normed = kernels.rms_norm(x, w["input_norm"], self.spec.norm_eps)
+        normed = self._room("normed", x, self.spec.hidden)
+        kernels.rms_norm(x, w["input_norm"], self.spec.norm_eps, out=normed)
         q = self._heads(normed, w, "q", a, a.heads, step.positions)
         kernels.store_kv(cache.k[layer], self._heads(normed, w, "k", a, a.kv_heads, step.positions), step.slots)
-        v = kernels.linear(normed, w["v"], w.get("v_bias"))
+        v = self._project(normed, w, "v")
         kernels.store_kv(cache.v[layer], v.view(-1, a.kv_heads, a.head_dim), step.slots)
-        mixed = kernels.attention(
-            q, cache.k[layer], cache.v[layer], step.tables, step.sequence, step.positions, a.scale, a.window
-        )
-        x += kernels.linear(mixed, w["o"], w.get("o_bias"))
+        mixed = self._room("mixed", x, a.heads * a.head_dim)
+        rows = (step.tables, step.sequence, step.positions)
+        kernels.attention(q, cache.k[layer], cache.v[layer], *rows, a.scale, a.window, out=mixed)
+        kernels.add(x, self._project(mixed, w, "o"))
         kernels.rms_norm(x, w["post_norm"], self.spec.norm_eps, out=out)
 
     def dense(self, layer: int, rows: Tensor, x: Tensor) -> None:
@@ -102,23 +106,33 @@ class Decoder:
         Runs as a single expert that every row chooses, so that it has the experts' fixed order of operations.
         """
         tokens = torch.arange(len(rows), dtype=torch.int32, device=self.device)
-        parts = torch.empty(rows.shape, dtype=torch.float32, device=self.device)
+        parts = self.scratch.rows("parts", len(rows), self.spec.hidden, torch.float32)
         table = self.dense_tables[layer]
-        x += self.kernels.experts(rows, table, tokens, torch.zeros_like(tokens), self.spec.activation, parts)
+        self.kernels.experts(rows, table, tokens, torch.zeros_like(tokens), self.spec.activation, parts)
+        self.kernels.add(x, parts)
 
     def logits(self, x: Tensor, step: StepInput) -> Tensor:
         """fp32 [R, vocab]"""
-        rows = x.index_select(0, step.logit_rows)
-        normed = self.kernels.rms_norm(rows, self.outer["norm"], self.spec.norm_eps)
-        return self.kernels.linear(normed, self.outer["embed" if self.spec.tied_head else "head"]).float()
+        rows = self._room("chosen", x, self.spec.hidden, len(step.logit_rows))
+        self.kernels.take(x, step.logit_rows, rows)
+        self.kernels.rms_norm(rows, self.outer["norm"], self.spec.norm_eps, out=rows)
+        return self.kernels.linear(rows, self.outer["embed" if self.spec.tied_head else "head"]).float()
+
+    def _room(self, name: str, x: Tensor, width: int, rows: int | None = None) -> Tensor:
+        """Scratch of the residual stream's dtype, one row per row of x unless said otherwise."""
+        return self.scratch.rows(name, len(x) if rows is None else rows, width, x.dtype)
+
+    def _project(self, rows: Tensor, w: dict[str, Tensor], role: str) -> Tensor:
+        out = self._room(role, rows, w[role].shape[0])
+        return self.kernels.linear(rows, w[role], w.get(f"{role}_bias"), out=out)
 
     def _heads(
         self, normed: Tensor, w: dict[str, Tensor], role: str, a: AttentionSpec, heads: int, positions: Tensor
     ) -> Tensor:
         """q or k: projected, normed per head and rotated, [T, heads, head_dim]."""
-        rows = self.kernels.linear(normed, w[role], w.get(f"{role}_bias")).view(-1, heads, a.head_dim)
+        rows = self._project(normed, w, role).view(-1, heads, a.head_dim)
         if a.qk_norm:
-            rows = self.kernels.rms_norm(rows, w[f"{role}_norm"], self.spec.norm_eps)
+            self.kernels.rms_norm(rows, w[f"{role}_norm"], self.spec.norm_eps, out=rows)
         self.kernels.rope(rows, *self.rope[a.rope], positions)
         return rows
 

@@ -73,6 +73,24 @@ def test_rope_is_the_reference(cpu: CpuKernels, rows: int, heads: int, half: int
     assert torch.equal(ours[..., 2 * half :], x[..., 2 * half :])
 
 
+@few
+@given(rows=sizes, count=sizes, depth=sizes, dtype=st.sampled_from(WEIGHT_DTYPES), seed=seeds)
+def test_take_is_the_reference(
+    cpu: CpuKernels, rows: int, count: int, depth: int, dtype: torch.dtype, seed: int
+) -> None:
+    table, ids = normal(count, depth, seed=seed, dtype=dtype), torch.randint(0, count, (rows,))
+    ours, theirs = torch.full((rows, depth), float("nan")), torch.empty(rows, depth)
+    assert cpu.take(table, ids, ours) is ours
+    assert torch.equal(ours, REFERENCE.take(table, ids, theirs))
+
+
+def test_add_is_the_reference(cpu: CpuKernels) -> None:
+    ours, theirs, y = normal(3, 37, seed=0), normal(3, 37, seed=0), normal(3, 37, seed=1)
+    cpu.add(ours, y)
+    REFERENCE.add(theirs, y)
+    assert torch.equal(ours, theirs)
+
+
 def test_store_kv_writes_its_slots_and_nothing_else(cpu: CpuKernels) -> None:
     ours, theirs = normal(5, 3, 2, 6, seed=0), normal(5, 3, 2, 6, seed=0)
     rows, slots = normal(4, 2, 6, seed=1), torch.tensor([14, 0, 7, 3])
@@ -213,6 +231,8 @@ class TestRefused:
     def test_slots_and_positions_outside_the_cache(self, cpu: CpuKernels) -> None:
         with pytest.raises(ValueError, match="slots"):
             cpu.store_kv(torch.zeros(2, 3, 1, 4), torch.ones(1, 1, 4), torch.tensor([6]))
+        with pytest.raises(ValueError, match="ids"):
+            cpu.take(torch.ones(3, 4), torch.tensor([-1]), torch.empty(1, 4))
         angles = torch.zeros(4, 2)
         with pytest.raises(ValueError, match="positions"):
             cpu.rope(torch.ones(1, 1, 4), angles, angles, torch.tensor([4], dtype=torch.int32))

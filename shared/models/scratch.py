@@ -1,0 +1,19 @@
+"""Reused buffers of a step, by name, so that no step allocates and every buffer keeps its address."""
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Buffers that grow to the largest step seen. One thread at a time; a buffer is valid until its next use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def rows(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[rows, width] with undefined values; its address stays until a larger one is asked for by this name."""
+        size, buffer = rows * width, self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype is not dtype:
+            buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return buffer[:size].view(rows, width)
