@@ -9,7 +9,7 @@ import numba
 import numpy as np
 
 from shared.kernels.cpu_elementwise import activate
-from shared.kernels.cpu_linear import COLUMN_BLOCK, new_panel, sequence, weight_stride
+from shared.kernels.cpu_linear import item_columns, item_count, item_width, new_block, new_columns, new_panel, sequence
 from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, take_next, view1, view2
 
 
@@ -27,45 +27,54 @@ def _segments(ids):
 
 
 @helper
-def _take_block(counter, starts, width):
-    """The next work item: (segment or -1 at the end, first column, columns)."""
-    blocks = (width + COLUMN_BLOCK - 1) // COLUMN_BLOCK
-    item = take_next(counter)
-    first = item % blocks * COLUMN_BLOCK
-    segment = item // blocks if item < (len(starts) - 1) * blocks else -1
-    return segment, first, min(COLUMN_BLOCK, width - first)
+def _take_item(counter, starts, cols, width, columns):
+    """The next work item: (segment or -1 at the end, how many columns)."""
+    item, each = take_next(counter), item_count(cols, width)
+    if item >= (len(starts) - 1) * each:
+        return -1, 0
+    return item // each, item_columns(item % each, width, cols, columns)
 
 
 @helper
-def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, hidden):
+def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, hidden, width):
     """hidden[p] = activation(gate x) * (up x) for every part p."""
-    depth, width = x.shape[1], hidden.shape[1]
-    panel, ups = new_panel(depth), np.empty((len(ids), COLUMN_BLOCK), np.float32)
+    depth, cols = x.shape[1], hidden.shape[1]
+    panel, columns, gates, ups = (
+        new_panel(depth),
+        new_columns(width),
+        new_block(len(ids), width),
+        new_block(len(ids), width),
+    )
+    stride = gates.shape[1]
     while True:
-        segment, first, cols = _take_block(counter, starts, width)
+        segment, count = _take_item(counter, starts, cols, width, columns)
         if segment < 0:
             return
         a, b = starts[segment], starts[segment + 1]
-        expert, numbers, skip = ids[a], tokens[a:b], first * weight_stride(depth, kind)
-        gate, up, block = table[expert, 0] + skip, table[expert, 1] + skip, hidden[a:b, first:]
-        call(project, (x, numbers, b - a, gate, kind, cols, depth, panel, block, width))
-        call(project, (x, numbers, b - a, up, kind, cols, depth, panel, ups, COLUMN_BLOCK))
-        for p in range(a, b):
-            activate(hidden[p, first : first + cols], ups[p - a], activation)
+        expert, numbers = ids[a], tokens[a:b]
+        call(project, (x, numbers, b - a, table[expert, 0], kind, columns, count, depth, panel, gates, stride))
+        call(project, (x, numbers, b - a, table[expert, 1], kind, columns, count, depth, panel, ups, stride))
+        for r in range(b - a):
+            activate(gates[r, :count], ups[r], activation)
+            for n in range(count):
+                hidden[a + r, columns[n]] = gates[r, n]
 
 
 @helper
-def _down(counter, project, hidden, numbers, ids, starts, table, kind, out):
+def _down(counter, project, hidden, numbers, ids, starts, table, kind, out, width):
     """out[p] = down hidden[p] for every part p."""
-    depth, width = hidden.shape[1], out.shape[1]
-    panel = new_panel(depth)
+    depth, cols = hidden.shape[1], out.shape[1]
+    panel, columns, block = new_panel(depth), new_columns(width), new_block(len(ids), width)
     while True:
-        segment, first, cols = _take_block(counter, starts, width)
+        segment, count = _take_item(counter, starts, cols, width, columns)
         if segment < 0:
             return
         a, b = starts[segment], starts[segment + 1]
-        down, block = table[ids[a], 2] + first * weight_stride(depth, kind), out[a:b, first:]
-        call(project, (hidden, numbers[a:b], b - a, down, kind, cols, depth, panel, block, width))
+        down = table[ids[a], 2]
+        call(project, (hidden, numbers[a:b], b - a, down, kind, columns, count, depth, panel, block, block.shape[1]))
+        for r in range(b - a):
+            for n in range(count):
+                out[a + r, columns[n]] = block[r, n]
 
 
 @helper
@@ -92,13 +101,14 @@ def experts(threads, project, addresses, sizes, kind, activation):
     if not _valid(tokens, ids, rows, table):
         return False
     starts, parts = _segments(ids), sequence(count)
+    wide, narrow = item_width(inner, len(starts) - 1, threads), item_width(width, len(starts) - 1, threads)
     hidden, first, second = np.empty((count, inner), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64)
     if threads == 1:
-        _gate_up(first, project, x, tokens, ids, starts, table, kind, activation, hidden)
-        _down(second, project, hidden, parts, ids, starts, table, kind, out)
+        _gate_up(first, project, x, tokens, ids, starts, table, kind, activation, hidden, wide)
+        _down(second, project, hidden, parts, ids, starts, table, kind, out, narrow)
     else:
         for _ in numba.prange(threads):
-            _gate_up(first, project, x, tokens, ids, starts, table, kind, activation, hidden)
+            _gate_up(first, project, x, tokens, ids, starts, table, kind, activation, hidden, wide)
         for _ in numba.prange(threads):
-            _down(second, project, hidden, parts, ids, starts, table, kind, out)
+            _down(second, project, hidden, parts, ids, starts, table, kind, out, narrow)
     return True

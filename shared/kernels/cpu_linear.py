@@ -24,16 +24,20 @@ from shared.kernels.jit import (
 from shared.kernels.simd import LANES, TILE_ROWS
 from shared.kernels.tiles import dot_block, widen
 
-COLUMN_BLOCK = 16
-"""Output columns of one work item."""
+STREAMS = 4
+"""A work item reads so many places of a matrix side by side, each in order: twice the bandwidth of one place."""
+WIDE_ITEM, NARROW_ITEM = 64, 16
+"""Output columns of a work item; the narrow one when there would be too few for all threads."""
 PANEL_ROWS = 16
-"""From this many rows on it pays to widen a block's weights once, ahead of the products."""
+"""From this many rows on it pays to widen weights once, ahead of the products."""
+PANEL_COLS = 16
+_STRETCH = 32
 
 
 @helper
 def new_panel(depth):
-    """Room for a block's widened weights; rows are padded so that they do not fall on the same cache sets."""
-    return np.empty((COLUMN_BLOCK, depth + LANES), np.float32)
+    """Room for some columns' widened weights; rows are padded so that they do not fall on the same cache sets."""
+    return np.empty((PANEL_COLS, depth + LANES), np.float32)
 
 
 @helper
@@ -45,61 +49,108 @@ def sequence(n):
     return numbers
 
 
-def _project(x, numbers, rows, w, kind, cols, depth, panel, y, stride):
+@helper
+def item_width(cols, matrices, threads):
+    """Columns of a work item for products with ``matrices`` weights of ``cols`` columns."""
+    return WIDE_ITEM if cols * matrices >= 4 * WIDE_ITEM * threads else NARROW_ITEM
+
+
+@helper
+def item_count(cols, width):
+    """Work items of one matrix."""
+    return max(1, (cols // STREAMS * STREAMS + width - 1) // width)
+
+
+@helper
+def item_columns(item, width, cols, columns):
+    """Fill ``columns`` with those of a work item, neighbours far apart; returns how many."""
+    span, rows = cols // STREAMS, width // STREAMS
+    n, last = 0, min((item + 1) * rows, span)
+    for row in range(item * rows, last):
+        for stream in range(STREAMS):
+            columns[n] = stream * span + row
+            n += 1
+    for column in range(STREAMS * span, cols if last == span else 0):
+        columns[n] = column
+        n += 1
+    return n
+
+
+@helper
+def new_columns(width):
+    """Room for the columns of a work item of this width."""
+    return np.empty(width + STREAMS, np.int32)
+
+
+@helper
+def new_block(rows, width):
+    """Room for the products of a work item."""
+    return np.empty((rows, width + STREAMS), np.float32)
+
+
+def _widen(w, kind, columns, depth, wide):
+    brain, half = view2(w, 1, depth, BF16), view2(w, 1, depth, FP16)
+    for near in range(0, depth, _STRETCH):
+        for n in range(len(columns)):
+            for k in range(near, min(near + _STRETCH, depth)):
+                wide[n, k] = widen(brain[columns[n], k]) if kind == KIND_BF16 else widen(half[columns[n], k])
+
+
+_widen_columns = helper(_widen)
+
+
+def _project(x, numbers, rows, w, kind, columns, cols, depth, panel, y, stride):
     inputs, xi = view2(x, 1, depth, FP32), view1(numbers, rows, I32)
-    outputs = view2(y, rows, stride, FP32)
-    if kind == KIND_BF16 and rows < PANEL_ROWS:
-        dot_block(inputs, xi, rows, view2(w, cols, depth, BF16), 0, 0, cols, outputs, 0, 0)
+    outputs, wi = view2(y, rows, stride, FP32), view1(columns, cols, I32)
+    if rows < PANEL_ROWS and kind == KIND_BF16:
+        dot_block(inputs, xi, rows, view2(w, 1, depth, BF16), wi, 0, cols, outputs, 0, 0)
         return
-    wide = view2(w, cols, depth, FP32)
-    if kind != KIND_FP32:
-        wide = view2(panel, cols, depth + LANES, FP32)
-        brain, half = view2(w, cols, depth, BF16), view2(w, cols, depth, FP16)
-        for n in range(cols):
-            for k in range(depth):
-                wide[n, k] = widen(brain[n, k]) if kind == KIND_BF16 else widen(half[n, k])
-    for m in range(0, rows, TILE_ROWS):  # few rows at a time: they stay in the first-level cache
-        part = xi[m : m + TILE_ROWS]
-        dot_block(inputs, part, len(part), wide, 0, 0, cols, outputs, m, 0)
+    if kind == KIND_FP32:
+        for m in range(0, rows, TILE_ROWS):  # few rows at a time: they stay in the first-level cache
+            part = xi[m : m + TILE_ROWS]
+            dot_block(inputs, part, len(part), view2(w, 1, depth, FP32), wi, 0, cols, outputs, m, 0)
+        return
+    wide = view2(panel, PANEL_COLS, depth + LANES, FP32)
+    for first in range(0, cols, PANEL_COLS):
+        some = wi[first : first + PANEL_COLS]
+        _widen_columns(w, kind, some, depth, wide)
+        for m in range(0, rows, TILE_ROWS):
+            part = xi[m : m + TILE_ROWS]
+            dot_block(inputs, part, len(part), wide[:, :depth], 0, 0, len(some), outputs, m, first)
 
 
 def compile_project() -> Any:
-    """The routine y[r, c] = x[numbers[r]] . w[c] for up to COLUMN_BLOCK rows of w.
+    """The routine y[r, c] = x[numbers[r]] . w[columns[c]].
 
-    Arguments, int64: addresses of x (fp32 rows of ``depth``) and numbers (int32), rows, address and kind of w, its
-    rows, depth, address of a panel, address of y (fp32) and elements from one row of y to the next.
+    Arguments, int64: addresses of x (fp32 rows of ``depth``) and numbers (int32), rows, address and kind of w, address
+    of columns (int32), how many, depth, address of a panel, address of y (fp32) and elements from one row of y to the
+    next.
     """
-    return routine("void(" + ", ".join(["int64"] * 10) + ")", _project)
+    return routine("void(" + ", ".join(["int64"] * 11) + ")", _project)
 
 
 @helper
-def weight_stride(depth, kind):
-    """Bytes of a weight row."""
-    return depth * 4 if kind == KIND_FP32 else depth * 2
-
-
-@helper
-def _items(counter, project, x, w, kind, bias, y, rows, depth, cols):
-    numbers, panel = sequence(rows), new_panel(depth)
+def _items(counter, project, x, w, kind, bias, y, rows, depth, cols, width):
+    numbers, panel, columns, block = sequence(rows), new_panel(depth), new_columns(width), new_block(rows, width)
     outputs, offsets = view2(y, rows, cols, FP32), view1(bias, cols, FP32)
     while True:
-        first = take_next(counter) * COLUMN_BLOCK
-        if first >= cols:
+        item = take_next(counter)
+        if item >= item_count(cols, width):
             return
-        count = min(COLUMN_BLOCK, cols - first)
-        weights = w + first * weight_stride(depth, kind)
-        call(project, (x, numbers, rows, weights, kind, count, depth, panel, y + first * 4, cols))
-        for m in range(rows if bias else 0):
-            for n in range(first, first + count):
-                outputs[m, n] += offsets[n]
+        count = item_columns(item, width, cols, columns)
+        call(project, (x, numbers, rows, w, kind, columns, count, depth, panel, block, block.shape[1]))
+        for m in range(rows):
+            for n in range(count):
+                column = columns[n]
+                outputs[m, column] = block[m, n] + offsets[column] if bias else block[m, n]
 
 
 @parallel_kernel
 def linear(threads, project, x, w, kind, bias, y, rows, depth, cols):
     """y [rows, cols] = x [rows, depth] @ w [cols, depth].T + bias; x, w, bias (or 0) and y are addresses."""
-    counter = np.zeros(1, np.int64)
+    counter, width = np.zeros(1, np.int64), item_width(cols, 1, threads)
     if threads == 1:
-        _items(counter, project, x, w, kind, bias, y, rows, depth, cols)
+        _items(counter, project, x, w, kind, bias, y, rows, depth, cols, width)
     else:
         for _ in numba.prange(threads):
-            _items(counter, project, x, w, kind, bias, y, rows, depth, cols)
+            _items(counter, project, x, w, kind, bias, y, rows, depth, cols, width)
