@@ -79,6 +79,7 @@ class GatewayConfig(MeshConfig):
     max_body: str = setting("8MiB", "largest request body")
     max_queue: int = setting(512, "most open requests; more get 503 with retry-after")
     request_deadline: float = setting(600.0, "seconds that a request may take")
+    no_attention_deadline: float = setting(60.0, "seconds that a request waits for another attention instance")
 
 
 def load_config(cls: type[C], environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> C:

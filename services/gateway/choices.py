@@ -81,6 +81,12 @@ class Choices:
         self._router = router
         self._tokenizer = tokenizer
         self._eos = eos
+        self._open: set[asyncio.Queue[Piece | BaseException]] = set()
+
+    def end_all(self, error: ApiError) -> None:
+        """End every request that is running with ``error``."""
+        for pieces in self._open:
+            pieces.put_nowait(error)
 
     async def run(self, jobs: Sequence[Job], deadline: float) -> AsyncGenerator[Piece, None]:
         """Pieces of all jobs; ends when every choice has finished. Closing it early cancels them all.
@@ -95,6 +101,7 @@ class Choices:
         for task in tasks:
             task.add_done_callback(partial(_report, pieces))
         left = len(tasks)
+        self._open.add(pieces)
         try:
             while left:
                 piece = await pieces.get()
@@ -103,6 +110,7 @@ class Choices:
                 left -= piece.finish is not None
                 yield piece
         finally:
+            self._open.discard(pieces)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

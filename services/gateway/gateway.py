@@ -29,6 +29,8 @@ from services.gateway.served import ServedModel
 from shared.config import GatewayConfig
 from shared.telemetry import Telemetry, extract, inject
 
+DRAIN_POLL_S = 0.05
+
 
 class Gateway:
     """All that the routes need, made once in main.py."""
@@ -100,6 +102,14 @@ class Gateway:
                 self.metrics.outcomes[outcome] += 1
             timing.end()
             span.end()
+
+    async def drain(self, seconds: float) -> None:
+        """Let open requests finish for so long; what is left then ends with an error that says why."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + seconds
+        while self._open and loop.time() < give_up:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)
+        self._choices.end_all(Unavailable("this server is stopping; the answer is not complete", "draining"))
 
     def _check(self, request: CompletionRequest | ChatRequest) -> None:
         request.check()

@@ -20,6 +20,8 @@ from shared.models.source import open_source
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
+LAST_WORDS_S = 3
+"""For answers that were ended when draining was over, and for clients that do not read them."""
 
 
 def main(config: GatewayConfig) -> int:
@@ -34,7 +36,8 @@ async def serve(config: GatewayConfig, signals: bool = True) -> None:
         source = open_source(config.model)
         model = served_model(source, config.served_model_name)
         await instance.join(source.facts())
-        router = Router(instance.bus, instance.members, config.mesh, instance.id, model.digest)
+        patience = config.no_attention_deadline
+        router = Router(instance.bus, instance.members, config.mesh, instance.id, model.digest, patience)
         await router.start()
         gateway = Gateway(config, model, router, instance.telemetry)
         with _listening(config) as listener:
@@ -43,7 +46,8 @@ async def serve(config: GatewayConfig, signals: bool = True) -> None:
             url = _url(config.host, listener)
             await instance.ready(lambda: {"url": url})
             await instance.until_stopped()
-            server.should_exit = True  # accepts nobody new, lets open requests finish for drain_s
+            server.should_exit = True  # accepts nobody new
+            await gateway.drain(config.drain_s)
             await serving
         await router.close()
 
@@ -66,7 +70,7 @@ def _server(app: ASGIApp, config: GatewayConfig) -> _Server:
             ws="none",
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(int(config.drain_s), 1),
+            timeout_graceful_shutdown=int(config.drain_s) + LAST_WORDS_S,
         )
     )
 

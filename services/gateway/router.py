@@ -41,14 +41,16 @@ class Router:
     Args:
         id: this gateway's instance id; tokens come to its subject.
         digest: model digest that an attention instance must have.
+        patience: seconds that a request which lost its instance waits for another one.
     """
 
-    def __init__(self, bus: Bus, members: Members, mesh: str, id: str, digest: str) -> None:
+    def __init__(self, bus: Bus, members: Members, mesh: str, id: str, digest: str, patience: float) -> None:
         self._bus = bus
         self._members = members
         self._subjects = Subjects(mesh)
         self._id = id
         self._digest = digest
+        self._patience = patience
         self._open: set[OpenRequest] = set()
         self._placed: dict[str, OpenRequest] = {}
         """Request id -> request that an instance has."""
@@ -129,18 +131,20 @@ class Router:
         raise failure or Unavailable(self.not_ready() or "no attention instance is ready")
 
     async def _place_again(self, request: OpenRequest, deadline: float) -> None:
-        """As `_place`, for a request that was under way: waits for an instance until the caller's deadline."""
+        """As `_place`, for a request that was under way: its instance may be replaced soon, so it waits for that."""
         self._leave(request)
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self._patience
         while True:
             try:
                 await self._place(request, deadline)
                 return
-            except (Unavailable, BusUnavailable):
-                await asyncio.sleep(RETRY_S)
-            except Refused as error:
-                if error.code not in ELSEWHERE:
+            except (Unavailable, BusUnavailable, Refused) as error:
+                if isinstance(error, Refused) and error.code not in ELSEWHERE:
                     raise
-                await asyncio.sleep(RETRY_S)
+                if loop.time() >= give_up:
+                    raise Unavailable(f"lost its attention instance and found no other one: {error}", "lost") from error
+            await asyncio.sleep(RETRY_S)
 
     async def _submit(self, request: OpenRequest, member: Member, deadline: float) -> None:
         request.assign(member.id, member.heartbeat.incarnation)

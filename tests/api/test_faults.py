@@ -4,6 +4,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -334,6 +335,20 @@ async def test_a_lost_only_instance_ends_at_the_deadline(tmp_path):
         assert events[-1] == "[DONE]" and "error" in events[-2]
 
 
+@pytest.mark.parametrize("trouble", ["die_at", "silent_at"])
+async def test_a_request_waits_for_another_instance_only_so_long(tmp_path, trouble):
+    """Gone without a word, or alive but without an answer to anything (and then without heartbeats)."""
+    async with fake_mesh(tmp_path, no_attention_deadline=1.0) as mesh:
+        setattr(mesh.fake.faults, trouble, 3)
+        async with post(mesh.url, "/v1/completions", STREAM) as stream:
+            await stream.line()
+            if trouble == "silent_at":
+                await mesh.fake.die()
+            events = await stream.all()
+        assert events[-1] == "[DONE]"
+        assert events[-2]["error"]["code"] == "lost" and "attention instance" in events[-2]["error"]["message"]
+
+
 async def test_a_full_server_says_so_and_recovers(tmp_path):
     async with fake_mesh(tmp_path, max_queue=3) as mesh, httpx.AsyncClient(base_url=mesh.url, timeout=30) as http:
         mesh.fake.step_s = 0.05
@@ -397,22 +412,46 @@ async def test_a_callers_trace_reaches_the_attention_instance(tmp_path):
 # ---- the process ------------------------------------------------------------------------------------------
 
 
-async def test_sigterm_lets_open_streams_finish(mesh: FakeMesh, tmp_path: Path):
-    """A gateway process of its own; new connections are refused, the open stream ends as if nothing had happened."""
+@asynccontextmanager
+async def second_gateway(mesh: FakeMesh, **settings: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A gateway process of its own, and its URL; it has to end with status 0 once the context is left."""
     code = "import sys; from shared.cli.serve import run_service; sys.exit(run_service('gateway', {}))"
-    env = {"MOEMESH_MESH": mesh.mesh, "MOEMESH_NATS": mesh.nats.url, "MOEMESH_PORT": "0", "MOEMESH_ID": "second"}
+    wanted = {"mesh": mesh.mesh, "nats": mesh.nats.url, "port": "0", "id": "second"} | settings
+    env = {f"MOEMESH_{k.upper()}": v for k, v in wanted.items()}
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=env, cwd=Path.cwd())
     try:
         member = await until(lambda: (m := mesh.members.get("second")) and m.ready and m, 60)
-        slowly(mesh, 0.02)
-        async with post(member.heartbeat.url, "/v1/completions", STREAM) as stream:
-            await stream.line()
-            process.send_signal(signal.SIGTERM)
-            events = await stream.all()
-        assert events[-1] == "[DONE]" and events[-2]["choices"][0]["finish_reason"] == "length"
+        yield process, member.heartbeat.url
         async with asyncio.timeout(30):
             assert await process.wait() == 0
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_sigterm_lets_open_streams_finish(mesh: FakeMesh):
+    """New connections are refused, the open stream ends as if nothing had happened."""
+    async with second_gateway(mesh) as (process, url):
+        slowly(mesh, 0.02)
+        async with post(url, "/v1/completions", STREAM) as stream:
+            await stream.line()
+            process.send_signal(signal.SIGTERM)
+            events = await stream.all()
+        assert events[-1] == "[DONE]" and events[-2]["choices"][0]["finish_reason"] == "length"
+
+
+async def test_what_is_open_when_draining_ends_is_told_why(mesh: FakeMesh):
+    """A stream by an error event, a plain request by 503; both are cancelled where they were computed."""
+    async with second_gateway(mesh, drain_s="0.5") as (process, url):
+        all_faults(mesh, silent_at=3)
+        async with httpx.AsyncClient(timeout=30) as http, post(url, "/v1/completions", STREAM) as stream:
+            await stream.line()
+            plain = asyncio.create_task(http.post(url + "/v1/completions", json=BODY))
+            await until(lambda: sum(len(fake.work) for fake in mesh.fakes) == 2)
+            process.send_signal(signal.SIGTERM)
+            events = await stream.all()
+            assert (await plain).status_code == 503
+        assert events[-1] == "[DONE]"
+        assert events[-2]["error"]["code"] == "draining" and "stopping" in events[-2]["error"]["message"]
+        await until(lambda: sum(len(fake.cancelled) for fake in mesh.fakes) == 2)
