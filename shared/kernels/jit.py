@@ -73,6 +73,20 @@ def call(typing_context, address, args):
 
 
 @intrinsic
+def call_native(typing_context, address, args):
+    """Call a C function of whole numbers by its address; returns what is in the result register, as int64."""
+
+    def codegen(context, builder, signature, values):
+        integer = ir.IntType(64)
+        kinds = zip(args.types, cgutils.unpack_tuple(builder, values[1]), strict=True)
+        numbers = [context.cast(builder, value, kind, types.int64) for kind, value in kinds]
+        shape = ir.FunctionType(integer, [integer] * len(numbers))
+        return builder.call(builder.inttoptr(values[0], shape.as_pointer()), numbers)
+
+    return types.int64(types.int64, args), codegen
+
+
+@intrinsic
 def _pointer(typing_context, address, dtype):
     result = types.CPointer(dtype.dtype)
 

@@ -10,17 +10,18 @@ import os
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from shared.errors import BadFrame, TransportError
+from shared.transport import ucp
 from shared.transport.address import seal, unseal
 from shared.transport.base import Header, Incoming, Outgoing, Peer
 from shared.transport.buffers import ROWS_TAG_BYTES, Pool
-from shared.transport.ucx_frames import Fence, ReceiveSlot, SendBuffer, Ucx, UcxPeer, rows_tags
+from shared.transport.ucx_frames import FRAME_TAG, Fence, ReceiveSlot, SendBuffer, Ucx, UcxPeer, rows_tags
 
 SURVIVE_DEAD_PEERS = {"SYSV_ERROR_HANDLING": "y", "POSIX_ERROR_HANDLING": "y", "CMA_MEMORY_INVALIDATE": "y"}
 """Lets endpoints with error handling use shared memory and CMA. Without error handling UCX aborts the process when it
@@ -74,7 +75,7 @@ class UcxTransport:
         self._slots_left = receive_slots
         self._window = POSTED_RECEIVES
         self._free: list[ReceiveSlot] = []
-        self._posted: deque[ReceiveSlot] = deque()
+        self._posted: list[ReceiveSlot] = []
         self._awaiting_rows: list[ReceiveSlot] = []
         self._post_receives()
 
@@ -86,13 +87,14 @@ class UcxTransport:
             self._context = api.UCXContext(settings, feature_flags=features)
             self._worker: Any = api.UCXWorker(self._context, False, False)
             self._worker.init_blocking_progress_mode()
+            self._handle: int = self._worker.handle
         except self._ucx.error as error:
             raise TransportError(f"UCX cannot start with transports {tls or 'of its choice'}: {error}") from error
         self.address: bytes = seal(self._worker.address.tobytes())
 
     def _start_waiting(self) -> None:
         self._wake_lock = threading.Lock()
-        self._woken = False
+        self._woken = np.zeros(1, np.int64)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = select.poll()
         self._poller.register(self._worker.epoll_file_descriptor, select.POLLIN)
@@ -150,23 +152,36 @@ class UcxTransport:
         now = time.monotonic()
         deadline, spin_until = now + timeout, now + self._spin
         while True:
-            self._worker.progress()
-            if self._sending:
-                self._sending = [peer for peer in self._sending if peer.advance()]
-            frame = self._next_frame()
+            self._post_receives()
+            frame = self._wait(min(deadline, spin_until))
             if frame is not None:
                 self._nap = BUSY_SLEEP_S
                 return frame
-            if self._post_receives():
-                continue  # done only now, off the way of a frame; perhaps one was waiting
             now = time.monotonic()
-            if self._woken or now >= deadline:
+            if self._woken[0] or now >= deadline:
                 self._settle()
                 return None
-            if now < spin_until:
-                os.sched_yield()  # the peer may be waiting for this very core
-            else:
+            if now >= spin_until:
                 self._sleep(deadline - now, busy)
+
+    def _wait(self, until: float) -> ReceiveSlot | None:
+        """Spin until a frame is there, or a moment of the monotonic clock has passed."""
+        while True:
+            waiting = self._posted + self._awaiting_rows
+            receives = np.array([slot.request for slot in waiting], np.int64)
+            sends = np.array([request for peer in self._sending for request in peer.requests], np.int64)
+            what = ucp.wait(self._ucx.functions, self._handle, receives, sends, self._woken, int(until * 1e9))
+            if what == ucp.NOTHING:
+                return None
+            if what == ucp.SENT:
+                self._sending = [peer for peer in self._sending if peer.advance()]
+                continue
+            slot = waiting[what]
+            (self._posted if what < len(self._posted) else self._awaiting_rows).remove(slot)
+            frame = self._accept(slot)
+            if frame is not None:
+                return frame
+            self._post_receives()
 
     def _sleep(self, longest: float, busy: bool) -> None:
         """Wait for UCX or ``wake``, bounded: a wakeup can be lost."""
@@ -174,12 +189,13 @@ class UcxTransport:
         self._nap = BUSY_SLEEP_S if busy else min(self._nap * 2, IDLE_SLEEP_S)
         if self._worker.arm():
             ready = self._poller.poll(min(longest, self._nap) * 1e3)
-            self._woken |= any(fd == self._wake_fd for fd, _ in ready)
+            if any(fd == self._wake_fd for fd, _ in ready):
+                self._woken[0] = 1
 
     def _settle(self) -> None:
         """Take notice of a ``wake``."""
-        if self._woken:
-            self._woken = False
+        if self._woken[0]:
+            self._woken[0] = 0
             self._nap = BUSY_SLEEP_S
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
@@ -187,35 +203,22 @@ class UcxTransport:
     def wake(self) -> None:
         with self._wake_lock:
             if not self._closed:
-                self._woken = True
+                self._woken[0] = 1
                 os.eventfd_write(self._wake_fd, 1)
-
-    def _next_frame(self) -> ReceiveSlot | None:
-        for slot in self._awaiting_rows:
-            if slot.request.completed:
-                self._awaiting_rows.remove(slot)
-                return self._deliver(slot)
-        for slot in tuple(self._posted):
-            if slot.request.completed:
-                self._posted.remove(slot)
-                frame = self._accept(slot)
-                if frame is not None:
-                    return frame
-        return None
 
     def _accept(self, slot: ReceiveSlot) -> ReceiveSlot | None:
         """Judge a finished receive: a frame to deliver, or None when it is dropped or its rows are still to come."""
+        status = self._ucx.ended(slot.request)
+        if status:
+            return self._drop(slot, "too_long" if status == ucp.TRUNCATED else "broken")
+        if slot.expects_rows:
+            return self._deliver(slot)
         try:
-            slot.request.check_error()
             slot.header, apart = slot.open()
-        except self._ucx.api.UCXMessageTruncatedError:
-            return self._drop(slot, "too_long")
-        except self._ucx.error:
-            return self._drop(slot, "broken")
         except BadFrame:
             return self._drop(slot, "malformed")
         if apart and slot.header.row_bytes:
-            slot.post_rows(self._worker)
+            slot.post_rows(self._handle)
             self._awaiting_rows.append(slot)
             return None
         slot.show_rows()
@@ -233,20 +236,15 @@ class UcxTransport:
         if not self._closed:
             self._free.append(slot)
 
-    def _post_receives(self) -> bool:
-        """Post what is missing from the window: True if there was any.
-
-        While every slot is held, messages wait inside UCX.
-        """
-        before = len(self._posted)
+    def _post_receives(self) -> None:
+        """Post what is missing from the window. While every slot is held, messages wait inside UCX."""
         while len(self._posted) < self._window and (self._free or self._slots_left):
             if not self._free:
                 self._slots_left -= 1
                 self._free.append(ReceiveSlot(self._ucx, self._slot_bytes, self._device, self._recycle))
             slot = self._free.pop()
-            slot.post(self._worker)
+            slot.post(self._handle)
             self._posted.append(slot)
-        return len(self._posted) > before
 
     def _replace_stuck_receives(self) -> None:
         """Post one more receive when a message waits although some are posted.
@@ -254,8 +252,8 @@ class UcxTransport:
         Those are matched with messages whose senders died halfway: UCX never completes them.
         """
         if len(self._posted) >= self._window:
-            ucx = self._ucx
-            if self._worker.tag_probe(ucx.frame_tag, ucx.exact).matched:
+            api = self._ucx.api
+            if self._worker.tag_probe(api.UCXXTag(FRAME_TAG), api.UCXXTagMaskFull).matched:
                 self._window += 1
                 self._post_receives()
 
@@ -269,7 +267,11 @@ class UcxTransport:
             os.close(self._wake_fd)
         for peer in self._peers:
             peer.close()
+        waiting = [slot.request for slot in self._posted + self._awaiting_rows if slot.request > 0]
+        for request in waiting:
+            ucp.cancel(self._ucx.functions, self._handle, request)
         for _ in range(CLOSING_ROUNDS):
+            waiting = [request for request in waiting if self._ucx.ended(request) == ucp.IN_PROGRESS]
             self._worker.progress()
             os.sched_yield()
         api = self._ucx.api

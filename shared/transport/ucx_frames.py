@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shared.transport import ucp
 from shared.transport.base import HEADER_BYTES, Header
 from shared.transport.buffers import Block, size_class
 
@@ -20,30 +21,33 @@ FRAME_TAG = 1
 
 
 class Ucx:
-    """The low-level binding (worker, endpoints, tags), imported when the first transport needs it."""
+    """The low-level binding, imported when the first transport needs it; requests are those of ucp.py."""
 
     def __init__(self) -> None:
         # ucxx sets this itself, but only after it has loaded UCX: too late to count, and UCX warns about it.
         os.environ.setdefault("UCX_MEMTYPE_CACHE", "n")
-        from ucxx._lib import arr, libucxx
+        from ucxx._lib import libucxx
 
         self.api: Any = libucxx
         self.error: type[Exception] = libucxx.UCXError
-        self.array: Any = arr.Array
-        self.frame_tag = libucxx.UCXXTag(FRAME_TAG)
-        self.exact = libucxx.UCXXTagMaskFull
+        self._functions = ucp.Functions()
+        self.functions = self._functions.table
 
-    def view(self, memory: torch.Tensor) -> Any:
-        """What UCX sends from or receives into: device tensors by pointer, host tensors by buffer."""
-        return self.array(memory if memory.is_cuda else memory.numpy())
+    def send(self, endpoint: int, memory: torch.Tensor, nbytes: int, tag: int) -> int:
+        """Start sending the first bytes of a tensor on any device; it must stay alive until the request has ended."""
+        return ucp.send(self.functions, endpoint, memory.data_ptr(), nbytes, tag)
 
-    def tag(self, value: int) -> Any:
-        return self.api.UCXXTag(value)
+    def receive(self, worker: int, memory: torch.Tensor, nbytes: int, tag: int) -> int:
+        """Start receiving into a tensor on any device, likewise."""
+        return ucp.receive(self.functions, worker, memory.data_ptr(), nbytes, tag)
+
+    def ended(self, request: int) -> int:
+        return ucp.ended(self.functions, request)
 
 
 def rows_tags() -> Iterator[int]:
-    """Tags for rows apart: 31 random bits tell senders apart, 32 bits count."""
-    base = 1 << 63 | secrets.randbits(31) << 32
+    """Tags for rows apart: 30 random bits tell senders apart, 32 bits count."""
+    base = 1 << 62 | secrets.randbits(30) << 32
     return (base | number & 0xFFFFFFFF for number in itertools.count())
 
 
@@ -73,18 +77,12 @@ class SendBuffer(Block):
         self.users = 0
         super().__init__(capacity)
 
-    def lay_out(self, meta_bytes: int, rows: int, columns: int, dtype: torch.dtype) -> None:
-        before = self._shape
-        super().lay_out(meta_bytes, rows, columns, dtype)
-        if self._shape is not before:
-            self._message = self._ucx.view(self.memory[: self.message_bytes])
-            self._rows = None if self.apart is None else self._ucx.view(self.apart[: self.row_bytes])
-
-    def start(self, endpoint: Any) -> Iterator[Any]:
-        """Hand the frame to UCX: yields one request per message."""
-        yield endpoint.tag_send(self._message, self._ucx.frame_tag)
-        if self._rows is not None and self.row_bytes:
-            yield endpoint.tag_send(self._rows, self._ucx.tag(int(self.rows_tag[0])))
+    def start(self, endpoint: int) -> list[int]:
+        """Hand the frame to UCX: one request per message."""
+        requests = [self._ucx.send(endpoint, self.memory, self.message_bytes, FRAME_TAG)]
+        if self.apart is not None and self.row_bytes:
+            requests.append(self._ucx.send(endpoint, self.apart, self.row_bytes, int(self.rows_tag[0])))
+        return requests
 
     def let_go(self) -> None:
         self.users -= 1
@@ -96,13 +94,15 @@ class UcxPeer:
     """One endpoint and the frames on their way to it, one at a time so that they arrive in order."""
 
     def __init__(self, ucx: Ucx, endpoint: Any) -> None:
-        self._error = ucx.error
+        self._ucx = ucx
         self._endpoint = endpoint
+        self._handle: int = endpoint.handle
         self._closed = False
         self._broken = False
         self._queue: deque[SendBuffer] = deque()
         self._flying: SendBuffer | None = None
-        self._requests: list[Any] = []
+        self.requests: list[int] = []
+        """Of the frame that UCX holds."""
 
     @property
     def alive(self) -> bool:
@@ -116,23 +116,20 @@ class UcxPeer:
         """Start what can be started. True while UCX holds a frame; frames to a dead peer vanish."""
         while True:
             if self._flying is not None:
-                if not all(request.completed for request in self._requests):
+                self._look(self.requests)
+                if self.requests:
                     return True
                 self._flying.let_go()
-            self._requests.clear()
             self._flying = self._queue.popleft() if self._queue else None
             if self._flying is None:
                 return False
-            self._start(self._flying)
+            if self.alive:
+                self.requests = self._flying.start(self._handle)
 
-    def _start(self, frame: SendBuffer) -> None:
-        if not self.alive:
-            return
-        try:
-            for request in frame.start(self._endpoint):
-                self._requests.append(request)
-        except self._error:
-            self._broken = True
+    def _look(self, requests: list[int]) -> None:
+        statuses = [(request, self._ucx.ended(request)) for request in requests]
+        self.requests = [request for request, status in statuses if status == ucp.IN_PROGRESS]
+        self._broken |= any(status < 0 for _, status in statuses)
 
     def close(self) -> bool:
         """Forget what is queued, close the endpoint. True while UCX still holds a frame.
@@ -150,35 +147,36 @@ class ReceiveSlot(Block):
     """Memory of one received frame, posted to UCX while nobody holds it."""
 
     header: Header
-    request: Any
+    request: int
 
     def __init__(self, ucx: Ucx, capacity: int, device: torch.device, recycle: Callable[["ReceiveSlot"], None]) -> None:
         super().__init__(capacity)
         self._ucx = ucx
         self._device = device
         self._recycle = recycle
-        self._message = ucx.view(self.memory)
         self._fence = Fence(device)
         self._spare = torch.empty(0, dtype=torch.uint8, device=device)
+        self.expects_rows = False
+        """The request is that for rows apart."""
         self.held = False
 
-    def post(self, worker: Any) -> None:
+    def post(self, worker: int) -> None:
         """Receive the next frame into this slot."""
         # A message shorter than a header must not revive the one that was here before.
         self.bytes[:HEADER_BYTES] = 0
-        self.request = worker.tag_recv(self._message, self._ucx.frame_tag, self._ucx.exact)
+        self.expects_rows = False
+        self.request = self._ucx.receive(worker, self.memory, self.capacity, FRAME_TAG)
 
-    def post_rows(self, worker: Any) -> None:
+    def post_rows(self, worker: int) -> None:
         """Receive the rows that follow the header apart, into memory of the device."""
-        nbytes = self.header.row_bytes
+        nbytes, self.expects_rows = self.header.row_bytes, True
         if nbytes > len(self._spare):
             self._spare = torch.empty(size_class(nbytes), dtype=torch.uint8, device=self._device)
         # Kernels that read the last rows may still run, long after release().
         self._fence.wait()
         self.keep_rows(self._spare)
         self.lay_out_as(self.header)
-        tag = self._ucx.tag(int(self.rows_tag[0]))
-        self.request = worker.tag_recv(self._ucx.view(self._spare[:nbytes]), tag, self._ucx.exact)
+        self.request = self._ucx.receive(worker, self._spare, nbytes, int(self.rows_tag[0]))
 
     def show_rows(self) -> None:
         """Lay out rows that came in one message with their header."""

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from shared.transport.base import FrameKind, Header
+from shared.transport.ucp import IN_PROGRESS
 from shared.transport.ucx import POSTED_RECEIVES, UcxTransport
+from shared.transport.ucx_frames import FRAME_TAG
 from tests.ucx_echo import DYING, MAX_FRAME
 from tests.ucx_process import Echo, receive, round_trip
 
@@ -115,9 +117,11 @@ def send_raw(raw: UcxTransport, peer, message: bytes, target: UcxTransport) -> N
     """Send bytes that no transport would send, and let the target meet them."""
     ucx = raw._ucx
     before = sum(target.dropped.values())
-    request = peer._endpoint.tag_send(ucx.array(bytearray(message)), ucx.frame_tag)
+    memory = torch.frombuffer(bytearray(message or b"-"), dtype=torch.uint8)
+    request = ucx.send(peer._handle, memory, len(message), FRAME_TAG)
     for _ in range(2000):
-        if request.completed and sum(target.dropped.values()) > before:
+        request = 0 if request and ucx.ended(request) != IN_PROGRESS else request
+        if not request and sum(target.dropped.values()) > before:
             return
         raw.receive(0.0)
         assert target.receive(0.001) is None
