@@ -72,7 +72,7 @@ def cancel(api, worker, request):
 def _status(api, request):
     if _LAST_ERROR <= request <= 0:
         return request
-    return np.int64(np.int32(call_native(api[_CHECK], (request,))))
+    return np.int64(np.int8(call_native(api[_CHECK], (request,))))  # ucs_status_t has one byte
 
 
 @helper

@@ -167,7 +167,7 @@ class UcxTransport:
     def _wait(self, until: float) -> ReceiveSlot | None:
         """Spin until a frame is there, or a moment of the monotonic clock has passed."""
         while True:
-            waiting = self._posted + self._awaiting_rows
+            waiting = self._awaiting_rows + self._posted  # what began to arrive first is delivered first
             receives = np.array([slot.request for slot in waiting], np.int64)
             sends = np.array([request for peer in self._sending for request in peer.requests], np.int64)
             what = ucp.wait(self._ucx.functions, self._handle, receives, sends, self._woken, int(until * 1e9))
@@ -177,7 +177,7 @@ class UcxTransport:
                 self._sending = [peer for peer in self._sending if peer.advance()]
                 continue
             slot = waiting[what]
-            (self._posted if what < len(self._posted) else self._awaiting_rows).remove(slot)
+            (self._awaiting_rows if slot.expects_rows else self._posted).remove(slot)
             frame = self._accept(slot)
             if frame is not None:
                 return frame
