@@ -14,6 +14,7 @@ Url = Annotated[str, typer.Option(envvar="MOEMESH_URL", help="address of the gat
 ApiKey = Annotated[str, typer.Option(envvar="MOEMESH_API_KEY", help="bearer token, when the gateway wants one")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
 Temperature = Annotated[float, typer.Option(min=0, max=2, help="0 = greedy")]
+Seed = Annotated[int | None, typer.Option(help="same seed, same text")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -66,16 +67,21 @@ def stream_chat(url: str, body: dict[str, Any], api_key: str = "") -> Iterator[s
         yield from (choice["delta"].get("content") or "" for choice in event["choices"])
 
 
+def plain_console() -> Console:
+    """Shows what the model wrote as it is: no markup, no ``:smile:`` made into a picture."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 def complete(
     text: Annotated[str, typer.Argument(help="the text to continue")],
     url: Url = DEFAULT_URL,
     max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.7,
-    seed: Annotated[int | None, typer.Option(help="same seed, same text")] = None,
+    seed: Seed = None,
     api_key: ApiKey = "",
 ) -> None:
     """Continue TEXT and print it as it comes."""
-    out = Console(highlight=False, markup=False)
+    out = plain_console()
     out.print(text, end="", style="dim", soft_wrap=True)
     body = {"prompt": text, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     for piece in stream_completion(url, body, api_key):
@@ -87,15 +93,16 @@ def chat(
     url: Url = DEFAULT_URL,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.7,
+    seed: Seed = None,
     api_key: ApiKey = "",
 ) -> None:
     """Talk to the model; an empty line or Ctrl-D ends it."""
-    out = Console(highlight=False, markup=False)
+    out = plain_console()
     messages: list[dict[str, str]] = []
     while line := ask(out):
         messages.append({"role": "user", "content": line})
         answer = ""
-        body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+        body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         for piece in stream_chat(url, body, api_key):
             answer += piece
             out.print(piece, end="", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shared.cli.client import stream_completion
+from shared.cli.client import plain_console, stream_completion
 from shared.cli.mesh import LocalMesh, MeshOptions
 from shared.messages import Heartbeat
 
@@ -100,7 +100,7 @@ async def run_up(options: MeshOptions, progress: Progress) -> None:
 async def run_demo(body: Mapping[str, object], progress: Progress) -> None:
     """Stream one completion from a 1A2E mesh on free ports."""
     async with LocalMesh(MeshOptions(port=0, mesh="demo"), progress.line, progress.heartbeat) as mesh:
-        out = Console(highlight=False, markup=False)
+        out = plain_console()
         out.print(str(body["prompt"]), end="", style="bold", soft_wrap=True)
         await asyncio.to_thread(print_completion, mesh.url, dict(body), out)
 

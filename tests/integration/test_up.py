@@ -13,12 +13,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shared.models.presets import make_checkpoint
+
 START_LIMIT_S = 120
 STOP_LIMIT_S = 60
 
 
 @contextmanager
-def up(*args: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+def up(*args: str, **environ: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """``moemesh up --port 0 ...`` and the lines of its stderr; killed at the end if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", "shared.cli.main", "up", "--port", "0", *args],
@@ -26,6 +28,7 @@ def up(*args: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | environ,
     )
     lines: list[str] = []
     assert process.stderr is not None
@@ -114,6 +117,33 @@ def test_a_model_that_cannot_be_served_ends_up_with_its_reason(problem: str, tmp
     if problem == "foreign":
         assert "qwen3_moe" in text
         assert "mixtral" in text
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> dict[str, str]:
+    """The environment of a host without network whose hub cache holds acme/tiny."""
+    entry = tmp_path / "hub" / "models--acme--tiny"
+    make_checkpoint("tiny-qwen3", entry / "snapshots" / "0123abcd")
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("0123abcd")
+    elsewhere = dict.fromkeys(("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"), str(tmp_path / "hub"))
+    return {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"} | {k: v for k, v in elsewhere.items() if k in os.environ}
+
+
+def test_a_hub_id_in_the_cache_is_served_without_network(hub: dict[str, str]) -> None:
+    with up("--model", "acme/tiny", "--experts", "1", **hub) as (process, _):
+        url = ready_url(process)
+        assert httpx.get(url + "/v1/models", timeout=60).json()["data"][0]["id"] == "acme/tiny"
+        answer = httpx.post(url + "/v1/completions", json={"prompt": "In the", "max_tokens": 4}, timeout=60)
+        assert answer.status_code == 200
+        process.terminate()
+        assert process.wait(STOP_LIMIT_S) == 0
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_named(hub: dict[str, str]) -> None:
+    with up("--model", "acme/other", **hub) as (process, lines):
+        assert process.wait(START_LIMIT_S) == 1
+    assert "acme/other: is not a directory, not (completely) in the hub's cache" in "".join(lines)
 
 
 def test_a_service_that_dies_is_restarted_and_the_mesh_serves_again() -> None:
