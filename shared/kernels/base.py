@@ -7,13 +7,15 @@ of rows: that is what the exactness contract rests on. Activations are fp32 on C
 T = rows (tokens) of this call, H = hidden size, P = parts (token, chosen expert) of this call.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from shared.models.spec import RouterSpec
+
+T = TypeVar("T")
 
 
 class ExpertTable(Protocol):
@@ -96,6 +98,14 @@ class Kernels(Protocol):
         """out [T, H] += sum over j of weights[t, j] * rows[source[t, j]][index[t, j]], j ascending, in fp32.
 
         source, index int32 [T, k] and weights fp32 [T, k] are in ascending order of expert id along j.
+        """
+        ...
+
+    def record(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Something that does again what ``call`` does with tensors of this device, and returns what it returned.
+
+        It works on the same memory: new values are to be written into the same tensors. ``call`` must use nothing but
+        these kernels on them.
         """
         ...
 

@@ -3,11 +3,11 @@
 Activations and the KV cache are fp32; weights are fp32, bf16 or fp16 and are read where they lie.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -18,6 +18,7 @@ from shared.kernels import cpu_attention, cpu_elementwise, cpu_experts, cpu_line
 from shared.kernels.base import ExpertTable
 from shared.kernels.cache import compile_once
 from shared.kernels.jit import KIND_BF16, KIND_FP16, KIND_FP32
+from shared.kernels.program import Tape, compile_operation
 from shared.models.spec import RouterSpec
 
 _KINDS = {
@@ -30,6 +31,18 @@ _ACTIVATIONS = {
     "gelu": cpu_elementwise.GELU,
     "gelu_pytorch_tanh": cpu_elementwise.GELU_TANH,
 }
+T = TypeVar("T")
+_OPERATIONS = {
+    "add": cpu_elementwise.add_operation,
+    "attention": cpu_attention.attention_operation,
+    "experts": cpu_experts.experts_operation,
+    "linear": cpu_linear.linear_operation,
+    "rms_norm": cpu_elementwise.rms_norm_operation,
+    "rope": cpu_elementwise.rope_operation,
+    "store_rows": cpu_elementwise.store_rows_operation,
+    "take": cpu_elementwise.take_operation,
+}
+"""Kernels that can be recorded."""
 _PARALLEL_WORK = 1 << 18
 """Multiplications below which a second thread costs more than it brings."""
 
@@ -63,6 +76,7 @@ class CpuKernels:
         limit = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(threads, limit) if threads > 0 else limit
         torch.set_num_threads(self.threads)
+        self._tape: Tape | None = None
         directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         compile_once(Path(directory) if directory else None, self.compile)
 
@@ -73,6 +87,30 @@ class CpuKernels:
     @cached_property
     def _attend(self) -> Any:
         return cpu_attention.compile_attend()
+
+    @cached_property
+    def _operations(self) -> dict[str, Any]:
+        return {name: compile_operation(operation) for name, operation in _OPERATIONS.items()}
+
+    def record(self, call: Callable[[], T]) -> Callable[[], T]:
+        """See ``Kernels.record``; ``call`` runs now, but none of its arithmetic."""
+        self._tape = tape = Tape()
+        try:
+            result = call()
+        finally:
+            self._tape = None
+        return tape.finish(result)
+
+    def _do(self, function: Any, kept: tuple[object, ...], *arguments: Any) -> bool:
+        """Run a numba kernel, or write it down; ``kept`` is what its addresses point to."""
+        if self._tape is None:
+            return function(*arguments)
+        flat: list[int | float] = []
+        for argument in arguments:
+            flat += argument if isinstance(argument, tuple) else (argument,)
+        name = function.__name__
+        self._tape.add(name, self._operations[name].address, tuple(flat), kept)
+        return True
 
     def compile(self) -> None:
         """Compile every kernel, or load it from the cache: a first call takes no longer than any other after this."""
@@ -91,6 +129,7 @@ class CpuKernels:
         table = self.expert_table({0: (weight, weight, weight)})
         self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
+        self.record(lambda: self.add(x, x))()
 
     def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
         """out[t] = row ids[t] of table [N, D], as fp32."""
@@ -98,14 +137,18 @@ class CpuKernels:
         _expect(table.is_contiguous() and _is(ids, torch.int64), "the table must be contiguous, ids int64")
         _output(out, (len(ids), depth))
         addresses = (table.data_ptr(), _kind(table), ids.data_ptr(), out.data_ptr())
-        _expect(cpu_elementwise.take(*addresses, len(ids), depth, count), "ids must be below {}", count)
+        _expect(
+            self._do(cpu_elementwise.take, (table, ids, out), *addresses, len(ids), depth, count),
+            "ids must be below {}",
+            count,
+        )
         return out
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x += y."""
         _expect(_is(x, torch.float32) and _is(y, torch.float32), "x and y must be contiguous fp32")
         _expect(x.shape == y.shape, "shapes {} and {} differ", x.shape, y.shape)
-        cpu_elementwise.add(x.data_ptr(), y.data_ptr(), x.numel())
+        self._do(cpu_elementwise.add, (x, y), x.data_ptr(), y.data_ptr(), x.numel())
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> fp32 [T, N]."""
@@ -117,7 +160,9 @@ class CpuKernels:
         out = _output(out, (rows, cols))
         offsets = None if bias is None else _rows(bias)
         threads = self.threads if rows * depth * cols >= _PARALLEL_WORK else 1
-        cpu_linear.linear(
+        self._do(
+            cpu_linear.linear,
+            (x, weight, offsets, out),
             threads,
             self._project.address,
             x.data_ptr(),
@@ -138,7 +183,8 @@ class CpuKernels:
         _expect(weight.shape == (depth,) and weight.is_contiguous(), "weight {} for rows of {}", weight.shape, depth)
         out = _output(out, x.shape)
         addresses = (x.data_ptr(), weight.data_ptr(), _kind(weight))
-        cpu_elementwise.rms_norm(*addresses, float(eps), out.data_ptr(), x.numel() // depth, depth)
+        sizes = (out.data_ptr(), x.numel() // depth, depth)
+        self._do(cpu_elementwise.rms_norm, (x, weight, out), *addresses, float(eps), *sizes)
         return out
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
@@ -150,7 +196,9 @@ class CpuKernels:
         _expect(
             2 * half <= depth and positions.shape == (rows,), "{} pairs in {} dimensions of {} rows", half, depth, rows
         )
-        done = cpu_elementwise.rope(
+        done = self._do(
+            cpu_elementwise.rope,
+            (x, cos, sin, positions),
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -169,7 +217,8 @@ class CpuKernels:
         _expect(_is(cache, torch.float32) and _is(slots, torch.int64), "cache must be fp32, slots int64, contiguous")
         _expect(rows.shape[1:] == cache.shape[2:] and slots.shape == rows.shape[:1], "rows do not fit the cache")
         room, depth = cache.shape[0] * cache.shape[1], cache.shape[2] * cache.shape[3]
-        done = cpu_elementwise.store_rows(cache.data_ptr(), rows.data_ptr(), slots.data_ptr(), len(slots), depth, room)
+        addresses = (cache.data_ptr(), rows.data_ptr(), slots.data_ptr())
+        done = self._do(cpu_elementwise.store_rows, (cache, rows, slots), *addresses, len(slots), depth, room)
         _expect(done, "slots must be below {}", room)
 
     def attention(
@@ -197,7 +246,9 @@ class CpuKernels:
         out = _output(out, (rows, heads * depth))
         addresses = tuple(tensor.data_ptr() for tensor in (q, k_cache, v_cache, *indices, out))
         sizes = (rows, heads, kv_heads, depth, blocks, block_size, *tables.shape)
-        done = cpu_attention.attention(self.threads, self._attend.address, addresses, sizes, window, float(scale))
+        kept = (q, k_cache, v_cache, indices, out)
+        settings = (window, float(scale))
+        done = self._do(cpu_attention.attention, kept, self.threads, self._attend.address, addresses, sizes, *settings)
         _expect(done, "a row needs a cache block that its table does not name")
         return out
 
@@ -259,8 +310,15 @@ class CpuKernels:
         sizes = (x.shape[0], table.hidden, table.expert_hidden, parts, len(table.addresses))
         work = 3 * parts * table.hidden * table.expert_hidden
         threads = self.threads if work >= _PARALLEL_WORK else 1
-        done = cpu_experts.experts(
-            threads, self._project.address, addresses, sizes, table.kind, _ACTIVATIONS[activation]
+        done = self._do(
+            cpu_experts.experts,
+            (x, tokens, ids, table, out),
+            threads,
+            self._project.address,
+            addresses,
+            sizes,
+            table.kind,
+            _ACTIVATIONS[activation],
         )
         _expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out

@@ -12,7 +12,20 @@ import numba
 import numpy as np
 
 from shared.kernels.cpu_elementwise import softmax
-from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, routine, take_next, view1, view2
+from shared.kernels.jit import (
+    FP32,
+    I32,
+    I64,
+    arguments,
+    call,
+    helper,
+    number,
+    parallel_kernel,
+    routine,
+    take_next,
+    view1,
+    view2,
+)
 from shared.kernels.tiles import MIX_LANES, dot_block, mix_block
 
 ROW_GROUP = 8
@@ -146,3 +159,8 @@ def attention(threads, attend, addresses, sizes, window, scale):
         for _ in numba.prange(threads):
             _items(counter, attend, addresses, sizes, size, window, scale)
     return True
+
+
+def attention_operation(at):
+    a = arguments(at, 19)
+    return np.int64(attention(a[0], a[1], a[2:9], a[9:17], a[17], number(a[18])))

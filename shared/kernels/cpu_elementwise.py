@@ -17,8 +17,10 @@ from shared.kernels.jit import (
     I64,
     KIND_BF16,
     KIND_FP32,
+    arguments,
     helper,
     kernel,
+    number,
     view1,
     view2,
     view3,
@@ -124,6 +126,7 @@ def add(x, y, n):
     left, right = view1(x, n, FP32), view1(y, n, FP32)
     for k in range(n):
         left[k] += right[k]
+    return True
 
 
 @kernel
@@ -137,6 +140,7 @@ def rms_norm(x, weight, kind, eps, y, rows, depth):
         factor = _ONE / np.sqrt(lane_sum(squares, depth) / np.float32(depth) + np.float32(eps))
         for k in range(depth):
             outputs[t, k] = inputs[t, k] * factor * weights[k]
+    return True
 
 
 @kernel
@@ -216,3 +220,24 @@ def combine(out, parts, source, index, weights, rows, k, depth):
         for d in range(depth):
             target[t, d] += total[d]
     return True
+
+
+def take_operation(at):
+    return np.int64(take(*arguments(at, 7)))
+
+
+def add_operation(at):
+    return np.int64(add(*arguments(at, 3)))
+
+
+def rms_norm_operation(at):
+    x, weight, kind, eps, y, rows, depth = arguments(at, 7)
+    return np.int64(rms_norm(x, weight, kind, number(eps), y, rows, depth))
+
+
+def rope_operation(at):
+    return np.int64(rope(*arguments(at, 9)))
+
+
+def store_rows_operation(at):
+    return np.int64(store_rows(*arguments(at, 6)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.kernels.cpu_elementwise import activate
 from shared.kernels.cpu_linear import item_columns, item_count, item_width, new_block, new_columns, new_panel, sequence
-from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, take_next, view1, view2
+from shared.kernels.jit import FP32, I32, I64, arguments, call, helper, parallel_kernel, take_next, view1, view2
 
 
 @helper
@@ -112,3 +112,8 @@ def experts(threads, project, addresses, sizes, kind, activation):
         for _ in numba.prange(threads):
             _down(second, project, hidden, parts, ids, starts, table, kind, out, narrow)
     return True
+
+
+def experts_operation(at):
+    a = arguments(at, 14)
+    return np.int64(experts(a[0], a[1], a[2:7], a[7:12], a[12], a[13]))

@@ -53,7 +53,7 @@ class UcxTransport:
         device: torch.device | None = None,
         tls: str = "",
         receive_slots: int = 256,
-        spin_us: float = 100.0,
+        spin_us: float = 2000.0,
         rows_apart: bool | None = None,
     ) -> None:
         self.dropped: dict[str, int] = {"malformed": 0, "too_long": 0, "broken": 0}
