@@ -61,7 +61,7 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     with torch.inference_mode():
         warm_up(runner, kernels, spec.router.top_k)
     batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size))
-    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline)
+    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=side.instance.telemetry.record)
     return Built(engine, exchange, transport, limits)
 
 
