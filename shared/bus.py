@@ -48,7 +48,9 @@ class Bus:
         self.lost_at: float | None = None
         """``time.monotonic()`` when the connection was lost; None while connected."""
         self.counts: Counter[str] = Counter()
-        """Messages by fate: ``dropped`` (not sent, NATS was away), ``malformed``, ``failed`` (handler), ``slow``."""
+        """Messages by fate: ``published``, ``dropped`` (not sent, NATS was away), ``malformed``, ``failed`` (handler),
+        ``slow`` (lost, their reader was too slow), ``unanswered`` (requests)."""
+        self.reconnects = 0
         self._client = Client()
         self._up = asyncio.Event()
         self._callbacks: list[Callable[[bool], None]] = []
@@ -119,6 +121,7 @@ class Bus:
             return
         try:
             await self._client.publish(subject, data, headers=headers)
+            self.counts["published"] += 1
         except nats.errors.Error:
             self.counts["dropped"] += 1
 
@@ -139,10 +142,13 @@ class Bus:
         try:
             async with asyncio.timeout(timeout):
                 await self.until_connected(subject, timeout)
+                self.counts["published"] += 1
                 raw = await self._client.request(subject, data, timeout=timeout, headers=headers)
         except nats.errors.NoRespondersError as error:
+            self.counts["unanswered"] += 1
             raise BusUnavailable(subject, "no service listens") from error
         except (TimeoutError, nats.errors.Error) as error:
+            self.counts["unanswered"] += 1
             problem = f"no answer within {timeout:g} s" if self.connected else f"NATS is away ({self.url})"
             raise BusUnavailable(subject, problem) from error
         if raw.headers and REFUSED in raw.headers and reply is not Decision:
@@ -263,6 +269,7 @@ class Bus:
         self.lost_at = None if connected else time.monotonic()
         if connected:
             self._up.set()
+            self.reconnects += 1
             log.info("NATS is back (%s)", self.url)
         else:
             self._up.clear()

@@ -12,7 +12,7 @@ import secrets
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from shared.errors import BusUnavailable, ConfigError, MoemeshError
 from shared.http_side import HttpSide
 from shared.membership import HEARTBEAT_S, Members
 from shared.messages import Heartbeat, Hello, Kind, ModelFacts, State
+from shared.metrics import Sample, sample
 from shared.one_model import check_model, stay_with
 from shared.telemetry import Telemetry
 
@@ -111,6 +112,7 @@ class Instance:
         self.url = self._stack.enter_context(side).url
         self.bus = await Bus.connect(config.nats, self.id, CONNECT_LIMIT_S)
         self._stack.push_async_callback(self.bus.close)
+        self.telemetry.collect(self._bus_samples)
         await self.members.watch(self.bus)
         await asyncio.sleep(HELLO_WAIT_S)
         if taken := self.members.get(self.id):
@@ -210,6 +212,13 @@ class Instance:
         self.state = State.GONE
         self._facts = dict
         await self.announce()
+
+    def _bus_samples(self) -> Iterator[Sample]:
+        """For /metrics; read in another thread."""
+        yield sample("bus_connected", self.bus.connected)
+        yield sample("bus_reconnects", self.bus.reconnects)
+        for fate, count in self.bus.counts.copy().items():
+            yield sample("bus_messages", count, fate=fate)
 
     def _on_signal(self, number: int) -> None:
         if self._stopping.is_set():

@@ -38,7 +38,14 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "expert_tokens": ("counter", "Tokens computed, by layer and expert."),
     "replicas": ("gauge", "Loaded expert replicas."),
     "placement_version": ("gauge", "Version of the placement in use."),
+    "placements_written": ("counter", "Versions of the placement that this scheduler has written."),
+    "leader": ("gauge", "1 while this scheduler leads."),
+    "leader_epoch": ("gauge", "Epoch of this scheduler's leadership; 0 while it does not lead."),
+    "reconciler_state": ("gauge", "1 for what the scheduler's last round came to, by state."),
     "instances": ("gauge", "Known instances, by kind and state."),
+    "bus_messages": ("counter", "Control messages, by fate: published, or what went wrong with them."),
+    "bus_reconnects": ("counter", "Times that the connection to NATS came back."),
+    "bus_connected": ("gauge", "1 while NATS is there."),
 }
 """Every metric's kind and help text; ``moemesh_`` is put before the name, ``_total`` after a counter's."""
 

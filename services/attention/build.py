@@ -3,7 +3,6 @@
 All of it happens in the compute thread, to which the data plane and the tensors belong from then on.
 """
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -18,25 +17,13 @@ from services.attention.mesh_exchange import MeshExchange
 from services.attention.replies import Arrangement
 from services.attention.sizing import context_length, plan_limits
 from services.attention.step import ModelRunner
-from shared.activation import PARTS, longest_frame, mesh_hash
+from shared.activation import PARTS
+from shared.compute import ComputeSide
 from shared.config import AttentionConfig
 from shared.kernels.base import Kernels, select_kernels
 from shared.models.decoder import Decoder
-from shared.models.loader import Checkpoint
 from shared.models.precision import compute_dtype
 from shared.transport.base import Transport
-from shared.transport.ucx import UcxTransport
-
-Say = Callable[[str], None]
-"""Progress, one line for a person."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who this process is on the data plane."""
-
-    mesh: str
-    incarnation: int
 
 
 @dataclass
@@ -54,33 +41,27 @@ class Built:
             self.engine.run()
 
 
-def build(
-    config: AttentionConfig, checkpoint: Checkpoint, device: torch.device, threads: int, identity: Identity,
-    emit: Emit, say: Say,
-) -> Built:  # fmt: skip
+def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     """Raises ConfigError, ModelError and TransportError."""
-    spec = checkpoint.spec
+    checkpoint, device, spec = side.checkpoint, side.device, side.checkpoint.spec
     dtype = compute_dtype(config.dtype, device, checkpoint)
-    kernels = select_kernels(device, threads)
-    say("mapping weights" if device.type == "cpu" else f"loading weights to {device}")
+    kernels = select_kernels(device, side.threads)
+    side.say("mapping weights" if device.type == "cpu" else f"loading weights to {device}")
     decoder = Decoder(checkpoint, kernels, device, dtype, context_length(config, spec))
     limits = plan_limits(config, spec, decoder.bytes_per_block(config.block_size))
-    say(f"KV cache of {limits.kv_blocks * limits.block_size} tokens")
+    side.say(f"KV cache of {limits.kv_blocks * limits.block_size} tokens")
     cache = decoder.new_cache(limits.kv_blocks, limits.block_size)
-    transport = UcxTransport(
-        longest_frame(limits.max_batched_tokens, spec.router.top_k, spec.hidden), device, config.ucx_tls
-    )
+    transport = side.transport(limits.max_batched_tokens, config.ucx_tls)
     exchange = MeshExchange(
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
-        mesh=mesh_hash(identity.mesh, checkpoint.digest), incarnation=identity.incarnation,
-        deadline=config.exchange_deadline,
+        mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline,
     )  # fmt: skip
     runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers)
-    say("compiling kernels")
+    side.say("compiling kernels")
     with torch.inference_mode():
         warm_up(runner, kernels, spec.router.top_k)
     batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size))
-    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline)
+    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=side.instance.telemetry.record)
     return Built(engine, exchange, transport, limits)
 
 

@@ -15,6 +15,7 @@ import torch
 from services.attention.batching import Batcher, Chunk
 from services.attention.desk import ACCEPTED, Desk
 from services.attention.exchange import Exchange, View
+from services.attention.phases import Phases, Record, ignore
 from services.attention.prompt_logprobs import collect
 from services.attention.requests import NOT_A_NUMBER, Requests
 from services.attention.sampler import choose
@@ -44,6 +45,7 @@ class Engine:
         emit: gets a gateway's id and the deltas of one turn, in the compute thread.
         no_home_deadline: seconds that requests wait while experts do not answer.
         clock: monotonic seconds.
+        record: gets the spans of traced requests, in the compute thread.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Engine:
         emit: Emit,
         no_home_deadline: float,
         clock: Callable[[], float] = time.monotonic,
+        record: Record = ignore,
     ) -> None:
         self._runner = runner
         self._exchange = exchange
@@ -62,7 +65,8 @@ class Engine:
         self._no_home_deadline = no_home_deadline
         self._clock = clock
         self.desk = Desk(batcher.limits)
-        self._requests = Requests(batcher, self.desk)
+        self._phases = Phases(record)
+        self._requests = Requests(batcher, self.desk, self._phases)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.stats = EngineStats()
         """As of the last turn; immutable, for any thread."""
@@ -147,7 +151,7 @@ class Engine:
 
     def _accept(self, request: Submit, now: float, trace: Trace) -> None:
         self._accepted += 1
-        self._requests.accept(request, now, trace)
+        self._requests.accept(request, now, self._clock(), trace)
 
     def _update(self, view: View) -> None:
         self._exchange.update(view)
@@ -207,6 +211,9 @@ class Engine:
     def _step(self, chunks: list[Chunk]) -> None:
         """No sequence advances unless the whole forward pass succeeds."""
         start = self._clock()
+        for chunk in chunks:
+            if chunk.sequence.pending > 1 or not chunk.start:
+                self._phases.enter(chunk.sequence, "prefill")
         step, x = self._runner.forward(chunks)
         broken = collect(chunks, partial(self._runner.logits_of, step, x))
         complete = [chunk.sequence for chunk in chunks if chunk.complete]

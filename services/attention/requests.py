@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from services.attention.batching import Batcher
 from services.attention.desk import Desk
 from services.attention.outbox import Outbox
+from services.attention.phases import Phases
 from services.attention.sampler import Choice
 from services.attention.sequence import Sequence, Trace
 from shared.messages import Ack, Decision, FinishReason, RefusalCode, Submit, TokenDelta
@@ -19,9 +20,10 @@ NOT_A_NUMBER = "the model computed a value that is not a number"
 class Requests:
     """Sequences by request id, and what is to be sent about them."""
 
-    def __init__(self, batcher: Batcher, desk: Desk) -> None:
+    def __init__(self, batcher: Batcher, desk: Desk, phases: Phases) -> None:
         self._batcher = batcher
         self._desk = desk
+        self._phases = phases
         self._outbox = Outbox()
         self._deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
         self.active: dict[str, Sequence] = {}
@@ -41,9 +43,10 @@ class Requests:
 
     # ---- commands ---------------------------------------------------------------------------------------
 
-    def accept(self, request: Submit, now: float, trace: Trace) -> None:
-        """Queue an admitted request; ``now`` is when it was admitted."""
-        sequence = Sequence.from_submit(request, self._batcher.pool, now, trace)
+    def accept(self, request: Submit, admitted: float, now: float, trace: Trace) -> None:
+        """Queue a request that was admitted before ``now``."""
+        sequence = Sequence.from_submit(request, self._batcher.pool, admitted, trace)
+        self._phases.enter(sequence, "queue", now - admitted)
         self.active[request.request_id] = sequence
         self._outbox.open(request.request_id, request.gateway, sequence.generated, sequence.deadline)
         ended = self._ended(sequence) if sequence.resumed else None
@@ -84,6 +87,7 @@ class Requests:
             self._finish(sequence, "length")
         else:
             sequence.append(choice.token)
+            self._phases.enter(sequence, "decode")
             self.generated += 1
             ended = self._ended(sequence)
             if ended:
@@ -108,6 +112,7 @@ class Requests:
         self, sequence: Sequence, reason: FinishReason, choice: Choice | None = None, error: Decision | None = None
     ) -> None:
         self._batcher.remove(sequence)
+        self._phases.end(sequence)
         del self.active[sequence.request_id]
         self.finished[(error and error.code) or reason] += 1
         self._say(sequence, choice, reason, error)

@@ -3,7 +3,6 @@
 All of it happens in the compute thread, to which the data plane belongs from then on.
 """
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,27 +13,14 @@ import torch
 from services.experts.compute import compute_parts, plan_parts
 from services.experts.server import ExpertServer, Record, ServerLimits
 from services.experts.store import ExpertStore
-from shared.activation import PARTS, longest_frame, mesh_hash, write_parts
+from shared.activation import PARTS, write_parts
+from shared.compute import ComputeSide
 from shared.config import ExpertsConfig
 from shared.kernels.base import select_kernels
-from shared.models.loader import Checkpoint
 from shared.models.moe import MoeLayer
 from shared.models.precision import compute_dtype
 from shared.models.spec import ModelSpec
 from shared.transport.base import Transport
-from shared.transport.ucx import UcxTransport
-
-Say = Callable[[str], None]
-"""Progress, one line for a person."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who this process is."""
-
-    mesh: str
-    id: str
-    incarnation: int
 
 
 @dataclass
@@ -51,34 +37,29 @@ class Built:
             self.server.run()
 
 
-def build(
-    config: ExpertsConfig, checkpoint: Checkpoint, device: torch.device, threads: int, identity: Identity,
-    record: Record, say: Say,
-) -> Built:  # fmt: skip
+def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
     """Raises ModelError and TransportError."""
-    spec = checkpoint.spec
+    checkpoint, device, spec = side.checkpoint, side.device, side.checkpoint.spec
     dtype = compute_dtype(config.dtype, device, checkpoint)
-    kernels = select_kernels(device, threads)
-    say("loading gates")
+    kernels = select_kernels(device, side.threads)
+    side.say("loading gates")
     make = partial(MoeLayer, checkpoint, kernels, device, dtype)
     layers = {index: make(index) for index in spec.moe_layers}
-    say("compiling kernels")
+    side.say("compiling kernels")
     with torch.inference_mode():
         warm_up(make(spec.moe_layers[0]), spec, device, dtype)
-    transport = UcxTransport(
-        longest_frame(config.max_batched_tokens, spec.router.top_k, spec.hidden), device, config.ucx_tls
-    )
+    transport = side.transport(config.max_batched_tokens, config.ucx_tls)
     server = ExpertServer(
         transport,
         layers,
         ServerLimits(spec.hidden, dtype, config.max_batched_tokens, spec.router.experts),
-        mesh=mesh_hash(identity.mesh, checkpoint.digest),
-        incarnation=identity.incarnation,
+        mesh=side.mesh,
+        incarnation=side.instance.incarnation,
         record=record,
     )
     store = ExpertStore(
         layers,
-        instance=identity.id,
+        instance=side.instance.id,
         slots=config.slots,
         digest=checkpoint.digest,
         experts=spec.router.experts,

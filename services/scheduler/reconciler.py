@@ -7,7 +7,7 @@ when it dies, serving goes on with the last version, and another scheduler conti
 import asyncio
 import logging
 import time
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from services.scheduler.leader import Leader
 from services.scheduler.placement import next_placement
@@ -25,6 +25,9 @@ GATHER_S = 0.2
 SETTLE_S = 2.5 * HEARTBEAT_S
 """A scheduler that has just started may not have heard everybody; until then nobody is taken for gone."""
 
+RoundState = Literal["following", "settling", "waiting", "steady", "cut off"]
+"""What a round came to: another scheduler leads; too early to judge; no expert instance; all is placed; no NATS."""
+
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +40,9 @@ class Reconciler:
         self.current: Placement | None = None
         """Newest placement that was read or written here."""
         self.leader = leader
+        self.state: RoundState = "following"
+        self.written = 0
+        """Placements that were written here."""
         self._instance = instance
         self._homes = config.homes
         self._store = store
@@ -78,7 +84,16 @@ class Reconciler:
             key = (member.heartbeat.kind.value, member.heartbeat.state.value)
             counts[key] = counts.get(key, 0) + 1
         instances = [sample("instances", count, kind=kind, state=state) for (kind, state), count in counts.items()]
-        return [*instances, sample("placement_version", self.facts()["placement"])]
+        states = [sample("reconciler_state", self.state == state, state=state) for state in get_args(RoundState)]
+        epoch = self.leader.epoch
+        return [
+            *instances,
+            *states,
+            sample("placement_version", self.facts()["placement"]),
+            sample("placements_written", self.written),
+            sample("leader", epoch is not None),
+            sample("leader_epoch", epoch or 0),
+        ]
 
     async def _run(self) -> None:
         while True:
@@ -92,6 +107,7 @@ class Reconciler:
             try:
                 await self._round()
             except BusUnavailable as error:
+                self.state = "cut off"
                 log.warning("no decision now: %s", error)
 
     async def _round(self) -> None:
@@ -102,12 +118,18 @@ class Reconciler:
         placement = stored[0] if stored else None
         self._remember(placement)
         epoch = self.leader.epoch
-        if epoch is None or not self._may_judge(placement) or (placement and placement.epoch > epoch):
+        if epoch is None or (placement and placement.epoch > epoch):
+            self.state = "following"
+            return
+        if not self._may_judge(placement):
+            self.state = "settling"
             return
         desired = self._desired(placement, epoch, newest)
         if desired and await self._write(desired, stored[1] if stored else None):
             self._remember(desired)
+            self.written += 1
             await self._instance.announce()
+        self.state = "steady" if self._instance.members.ready(Kind.EXPERTS) else "waiting"
 
     def _desired(self, placement: Placement | None, epoch: int, newest: int) -> Placement | None:
         """The next version; or the stored one with our epoch, which makes a late write of our predecessor fail."""

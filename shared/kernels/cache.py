@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,9 @@ from pathlib import Path
 
 PATIENCE_S = 120.0
 """How long a process waits for another one that compiles, before it compiles for itself."""
+
+KEPT_S = 30 * 24 * 3600.0
+"""What no process has used for so long is removed when another version's kernels are compiled."""
 
 
 def cache_directory(environ: Mapping[str, str]) -> Path:
@@ -40,13 +44,34 @@ def compile_once(directory: Path | None, work: Callable[[], None], patience: flo
 
     The others find everything compiled when their turn comes. Only speed depends on it: numba replaces its files whole.
     """
-    if directory is None or (directory / "complete").exists() or not _usable(directory):
+    if directory is None or not _usable(directory):
+        work()
+        return
+    complete = directory / "complete"
+    if complete.exists():
+        complete.touch()  # says that it is in use
         work()
         return
     with (directory / "lock").open("a") as lock:
         _acquire(lock.fileno(), patience)  # released when the file is closed
         work()
-        (directory / "complete").touch()
+        complete.touch()
+        _remove_old(directory, time.time() - KEPT_S)
+
+
+def _remove_old(ours: Path, before: float) -> None:
+    """Remove the caches of other versions beside ``ours`` that were last used before that time (since the epoch)."""
+    for other in ours.parent.glob("kernels-*"):
+        if other != ours and _last_used(other) < before:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _last_used(directory: Path) -> float:
+    """Time since the epoch; now for what another process has just removed."""
+    try:
+        return max(path.stat().st_mtime for path in (directory, *directory.glob("complete")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def _acquire(descriptor: int, patience: float) -> bool:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -67,7 +68,7 @@ async def serving(nats: NatsServer, bus: Bus, mesh: str) -> AsyncIterator[Servin
     async with Instance(Kind.ATTENTION, MeshConfig(mesh=mesh, nats=nats.url, id="a"), signals=False) as instance:
         instance.telemetry = Telemetry("attention", "a", mesh, exporter=exporter)
         server = AttentionServer(instance, MODEL.digest)
-        toy = ToyEngine(emit=server.emit, max_model_len=1000, kv_blocks=500)
+        toy = ToyEngine(emit=server.emit, record=instance.telemetry.record, max_model_len=1000, kv_blocks=500)
         woken = threading.Event()
         toy.exchange.idle_wait = lambda timeout: woken.wait(0.005)
         await server.start(toy.engine, await PlacementWatch(instance).start(), 1000)
@@ -116,7 +117,9 @@ async def test_a_traced_request_becomes_a_span_under_its_parent(nats_server: Nat
         await until(s.finish, "the end")
         await until(lambda: not s.server._spans, "the span ends")
         s.telemetry.shutdown()
-        spans = {span.attributes["request_id"]: span for span in s.spans.get_finished_spans() if span.attributes}
+        finished = s.spans.get_finished_spans()
+        requests = [span for span in finished if span.name == "attention.request"]
+        spans = {span.attributes["request_id"]: span for span in requests if span.attributes}
         assert {name: (span.attributes or {})["outcome"] for name, span in spans.items()} == {
             "r": "length",
             "refused": "too_long",
@@ -124,6 +127,11 @@ async def test_a_traced_request_becomes_a_span_under_its_parent(nats_server: Nat
         parent = spans["r"].parent
         assert parent is not None
         assert f"{parent.span_id:016x}" in TRACE["traceparent"]
+        own = spans["r"].get_span_context()
+        assert own is not None
+        phases = [span for span in finished if span.parent and span.parent.span_id == own.span_id]
+        assert [p.name for p in phases] == ["attention.queue", "attention.prefill", "attention.decode"]
+        assert all(a.end_time == b.start_time for a, b in pairwise(phases))
 
 
 # ---- the view -----------------------------------------------------------------------------------------------

@@ -155,7 +155,8 @@ async def test_subscriptions_outlive_a_killed_nats_server(bus: Bus, nats_server:
         await until(lambda: bus.connected and other.connected, "the return")
         assert await other.request("echo", Hello(id="x"), Hello, 10) == Hello(id="x")
     assert history == [False, True] * 2
-    assert other.counts["dropped"] == 2
+    assert (other.counts["dropped"], other.counts["published"], other.counts["unanswered"]) == (2, 2, 2)
+    assert bus.reconnects == other.reconnects == 2
     await other.close()
 
 

@@ -5,10 +5,11 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from services.scheduler.leader import Leader
@@ -83,6 +84,40 @@ async def test_the_placement_follows_who_joins_and_leaves(config: MeshConfig, wa
     assert watch.current is not None
     assert (watch.current.author, watch.current.reason) == ("s1", "e2 left")
     assert changes == sorted(set(changes))
+
+
+async def test_the_metrics_say_who_leads_and_what_the_reconciler_does(
+    config: MeshConfig, watch: PlacementWatch
+) -> None:
+    members = watch._instance.members
+
+    def read(id: str) -> dict[str, float]:
+        member = members.get(id)
+        assert member is not None
+        lines = [line for line in httpx.get(member.heartbeat.url + "/metrics").text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    async with scheduler(config, "s1"), scheduler(config, "s2"):
+        await until(lambda: {m.id for m in members.ready(Kind.SCHEDULER)} == {"s1", "s2"})
+        async with expert(replace(config, id="e1")):
+            await until(lambda: instances(watch) == ("e1",))
+            found = {id: await asyncio.to_thread(read, id) for id in ("s1", "s2")}
+            leading = max(found, key=lambda id: found[id]["moemesh_leader"])
+            assert sorted(f["moemesh_leader"] for f in found.values()) == [0, 1]
+            assert found[leading]["moemesh_placements_written_total"] == found[leading]["moemesh_leader_epoch"] == 1
+            assert found[leading]["moemesh_placement_version"] == 1
+            state = 'moemesh_reconciler_state{state="%s"}'
+            follower = next(id for id in found if id != leading)
+            assert found[follower][state % "following"] == 1
+            await until_async(lambda: asyncio.to_thread(lambda: read(leading)[state % "steady"] == 1))
+            assert found[leading]['moemesh_bus_messages_total{fate="published"}'] > 0
+        await until_async(lambda: asyncio.to_thread(lambda: read(leading)[state % "waiting"] == 1))
+
+
+async def until_async(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(30):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 async def test_the_last_placement_stays_when_the_last_expert_instance_leaves(

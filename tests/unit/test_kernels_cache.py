@@ -1,7 +1,9 @@
 """Where compiled kernels are kept, who compiles them, and the environment of a kernel process."""
 
 import multiprocessing
+import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,36 @@ def test_a_lock_that_is_held_for_ever_delays_only_so_long(tmp_path: Path) -> Non
 
     compile_once(tmp_path, outer)
     assert done == ["inner", "outer"]
+
+
+def test_a_new_cache_removes_those_that_nobody_has_used_for_a_month(tmp_path: Path) -> None:
+    def at(path: Path, days_ago: float) -> Path:
+        when = time.time() - days_ago * 24 * 3600
+        os.utime(path, (when, when))
+        return path
+
+    old, used, recent, foreign = (tmp_path / name for name in ("kernels-1", "kernels-2", "kernels-3", "other"))
+    for directory in (old, used, recent, foreign):
+        directory.mkdir()
+        (directory / "lock").touch()
+    (used / "complete").touch()
+    compile_once(used, lambda: None)
+    for directory, days in ((old, 31), (used, 31), (recent, 29), (foreign, 31)):
+        at(directory, days)
+    compile_once(tmp_path / "kernels-4", lambda: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels-2", "kernels-3", "kernels-4", "other"]
+    at(at(used / "complete", 31).parent, 31)
+    compile_once(tmp_path / "kernels-4", lambda: None)
+    assert used.exists(), "only a new cache cleans up"
+    compile_once(tmp_path / "kernels-5", lambda: None)
+    assert not used.exists()
+
+
+def test_using_a_cache_keeps_it(tmp_path: Path) -> None:
+    compile_once(tmp_path, lambda: None)
+    os.utime(tmp_path / "complete", (0, 0))
+    compile_once(tmp_path, lambda: None)
+    assert (tmp_path / "complete").stat().st_mtime > 0
 
 
 def test_work_that_fails_leaves_the_cache_incomplete(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from services.attention.batching import Batcher, Limits
 from services.attention.engine import Engine
 from services.attention.kv_cache import BlockPool
+from services.attention.phases import ignore
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
 from shared.messages import SamplingParams, Submit, TokenDelta
@@ -117,7 +118,7 @@ class Received:
 class ToyEngine:
     """The real engine with toy parts, a clock that is set by hand and a gateway that remembers."""
 
-    def __init__(self, poison=(), no_home_deadline=30.0, emit: Any = None, **limits):
+    def __init__(self, poison=(), no_home_deadline=30.0, emit: Any = None, record: Any = ignore, **limits):
         defaults: dict[str, Any] = {
             "max_model_len": 200, "max_num_seqs": 8, "max_batched_tokens": 16, "max_waiting": 1000,
             "vocab_size": VOCAB, "kv_blocks": 100, "block_size": 4,
@@ -131,7 +132,7 @@ class ToyEngine:
         cache = decoder.new_cache(self.limits.kv_blocks)
         runner = ModelRunner(decoder, cache, self.exchange, self.limits.block_size)
         self.engine = Engine(
-            runner, self.exchange, self.batcher, emit or self._emit, no_home_deadline, lambda: self.now
+            runner, self.exchange, self.batcher, emit or self._emit, no_home_deadline, lambda: self.now, record
         )
         self.received: dict[str, Received] = {}
         self.first: dict[str, int] = {}
