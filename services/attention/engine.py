@@ -214,10 +214,10 @@ class Engine:
         for chunk in chunks:
             if chunk.sequence.pending > 1 or not chunk.start:
                 self._phases.enter(chunk.sequence, "prefill")
-        step, x = self._runner.forward(chunks)
-        broken = collect(chunks, partial(self._runner.logits_of, step, x))
+        done = self._runner.forward(chunks)
+        broken = collect(chunks, partial(self._runner.logits_of, done))
         complete = [chunk.sequence for chunk in chunks if chunk.complete]
-        choices = choose(self._runner.logits(step, x), complete) if complete else []
+        choices = choose(self._runner.logits(done), complete) if complete else []
         self.step_seconds.observe(self._clock() - start)
         self._steps += 1
         for chunk in chunks:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from shared.messages import Placement
 from shared.telemetry import NO_TRACE
-from shared.transport.base import Outgoing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +35,6 @@ class View:
     """By instance id; those that may be asked, suspects of the control plane included."""
 
 
-class Staged(Outgoing, Protocol):
-    """Rows on their way: fill ``rows`` [rows, hidden] with normed hidden states, then dispatch once."""
-
-
 class Handle(Protocol):
     """One open exchange, made by ``dispatch`` and consumed by ``combine``."""
 
@@ -57,14 +52,11 @@ class Exchange(Protocol):
         """True when every expert of every layer has a home that may be asked and is not suspected."""
         ...
 
-    def stage(self, rows: int) -> Staged:
-        """A send buffer for ``rows`` rows; valid until it is dispatched."""
-        ...
+    def dispatch(self, layer: int, rows: Tensor, trace: tuple[bytes, bytes] = NO_TRACE) -> Handle:
+        """Send rows [T, hidden], normed hidden states, to the experts of ``layer`` (checkpoint index).
 
-    def dispatch(self, layer: int, staged: Staged, trace: tuple[bytes, bytes] = NO_TRACE) -> Handle:
-        """Send the rows to the experts of ``layer`` (checkpoint index). Raises ExchangeUnavailable.
-
-        ``trace``: see ``Telemetry.frame``; experts record a span for a frame that carries one.
+        ``rows`` must not change before ``combine``: a repeat reads them again. ``trace``: see ``Telemetry.frame``;
+        experts record a span for a frame that carries one. Raises ExchangeUnavailable.
         """
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from services.attention.exchange import Handle, Staged, View
+from services.attention.exchange import Handle, View
 from services.attention.pending import ExchangeStats, Inbox, Pending
 from services.attention.replies import Arrangement
 from services.attention.targets import Targets
@@ -63,7 +63,6 @@ class MeshExchange:
         self._inbox = Inbox(self._targets, self._stats, mesh, hidden)
         self._arrangement = Arrangement(top_k)
         self._sequence = 0
-        self._spare: list[Tensor] = []
         self._probe_at = 0.0
 
     # ---- between steps ----------------------------------------------------------------------------------
@@ -93,23 +92,17 @@ class MeshExchange:
 
     # ---- one exchange -----------------------------------------------------------------------------------
 
-    def stage(self, rows: int) -> Staged:
-        return self._transport.outgoing(0, rows, self._hidden, self._dtype)
-
-    def dispatch(self, layer: int, staged: Staged, trace: tuple[bytes, bytes] = NO_TRACE) -> Pending:
+    def dispatch(self, layer: int, rows: Tensor, trace: tuple[bytes, bytes] = NO_TRACE) -> Pending:
         if not self._targets.asked(layer):
             self._stats.unavailable += 1
             raise ExchangeUnavailable(layer, self._targets.absent(), "some experts have no home to ask")
         self._sequence += 1
-        kept = self._keep(staged.rows)
         now = time.monotonic()
-        pending = Pending(
-            layer, self._sequence, len(staged.rows), kept, now, now + self._give_up, self._deadline, self._pause
-        )
+        pending = Pending(layer, self._sequence, rows, now, now + self._give_up, self._deadline, self._pause)
         pending.trace = trace
         self._inbox.open[pending.sequence] = pending
         self._aim(pending)
-        self._send(pending, pending.asked, staged)
+        self._send(pending, pending.asked)
         return pending
 
     def combine(self, handle: Handle, x: Tensor) -> None:
@@ -171,7 +164,7 @@ class MeshExchange:
             pending.problem = "replicas were chosen differently"
             return "digest"
         sources = [(bit.bit_length() - 1, reply.meta) for bit, reply in replies.items()]
-        problem = self._arrangement.fill(pending.rows, sources, self._targets.homes[pending.layer])
+        problem = self._arrangement.fill(len(pending.rows), sources, self._targets.homes[pending.layer])
         pending.problem = problem or pending.problem
         return "parts" if problem else ""
 
@@ -218,9 +211,7 @@ class MeshExchange:
         elif reason == "deadline":
             self._set_deadline(pending)
         self._hello(self._targets.peers(mask))
-        frame = self.stage(pending.rows)
-        frame.rows.copy_(pending.kept[: pending.rows])
-        self._send(pending, mask, frame)
+        self._send(pending, mask)
 
     def _aim(self, pending: Pending) -> None:
         """Point the exchange at the instances that are live now; nobody has answered yet."""
@@ -243,9 +234,11 @@ class MeshExchange:
 
     # ---- frames -----------------------------------------------------------------------------------------
 
-    def _send(self, pending: Pending, mask: int, frame: Staged) -> None:
+    def _send(self, pending: Pending, mask: int) -> None:
         placement = self._targets.placement
         assert placement is not None  # nobody is asked without one
+        frame = self._transport.outgoing(0, len(pending.rows), self._hidden, self._dtype)
+        frame.rows.copy_(pending.rows)
         header = Header(
             FrameKind.DISPATCH, self._mesh, self._incarnation, pending.sequence, pending.attempt,
             placement.epoch, self._incarnation, placement.version, pending.live, pending.layer,
@@ -269,10 +262,8 @@ class MeshExchange:
             return
         self._probe_at = now + self._deadline
         self._hello(self._targets.peers(suspects))
-        layer = next(iter(self._targets.homes))
-        self._send(
-            Pending(layer, 0, 0, torch.empty(0), now, now, 0.0, 0.0, self._targets.live), suspects, self.stage(0)
-        )
+        layer, nothing = next(iter(self._targets.homes)), torch.empty(0, self._hidden)
+        self._send(Pending(layer, 0, nothing, now, now, 0.0, 0.0, self._targets.live), suspects)
 
     def _receive(self, timeout: float, busy: bool = True) -> bool:
         incoming = self._transport.receive(max(timeout, 0.0), busy)
@@ -281,17 +272,6 @@ class MeshExchange:
         self._inbox.take(incoming)
         return True
 
-    # ---- memory -----------------------------------------------------------------------------------------
-
-    def _keep(self, rows: Tensor) -> Tensor:
-        """A copy for repeats: a buffer that was sent belongs to the transport."""
-        kept = self._spare.pop() if self._spare else rows.new_empty(0, self._hidden)
-        if len(kept) < len(rows):
-            kept = rows.new_empty(1 << (len(rows) - 1).bit_length(), self._hidden)
-        kept[: len(rows)].copy_(rows)
-        return kept
-
     def _close(self, pending: Pending) -> None:
         pending.forget_replies()
-        if self._inbox.open.pop(pending.sequence, None) is not None:
-            self._spare.append(pending.kept)
+        self._inbox.open.pop(pending.sequence, None)

@@ -56,9 +56,8 @@ class Pending:
 
     layer: int
     sequence: int
-    rows: int
-    kept: Tensor
-    """The rows, for repeats; at least [rows, hidden]."""
+    rows: Tensor
+    """[T, hidden]; the caller's, for repeats."""
     started: float
     """Monotonic time of the dispatch."""
     give_up: float

@@ -3,8 +3,10 @@
 Knows tensors, the decoder and the exchange; what runs is decided in batching.py, what comes out is used in engine.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +16,13 @@ from services.attention.batching import Chunk
 from services.attention.exchange import Exchange
 from services.attention.sequence import Trace
 from shared.models.decoder import Decoder, KvCache, StepInput
+from shared.models.spec import LayerSpec
 from shared.telemetry import NO_TRACE
 
+T = TypeVar("T")
+RECORDED_ROWS = 256
+"""Steps of more rows compute for so long that the interpreter does not count."""
+MOST_PROGRAMS = 64
 PROMPT_LOGIT_ROWS = 64
 """Most rows of logits that are made at once for prompt log-probabilities: bounds the memory."""
 
@@ -36,12 +43,48 @@ def build_step(chunks: Sequence[Chunk], block_size: int, device: torch.device) -
 
 
 def _tables(chunks: Sequence[Chunk]) -> np.ndarray:
-    """int32 [sequences, most blocks of any of them]; shorter rows end in zeros, which nothing reads."""
+    """int32 [sequences, most blocks of any of them or more]; shorter rows end in zeros, which nothing reads.
+
+    A power of two of columns, so that steps seldom differ in it.
+    """
     ids = [chunk.sequence.table.ids for chunk in chunks]
-    tables = np.zeros((len(ids), max(map(len, ids))), dtype=np.int32)
+    tables = np.zeros((len(ids), 1 << (max(map(len, ids)) - 1).bit_length()), dtype=np.int32)
     for row, blocks in zip(tables, ids, strict=True):
         row[: len(blocks)] = blocks
     return tables
+
+
+class Program:
+    """Everything between the exchanges of steps of one shape; recorded as the first of them runs.
+
+    Owns the tensors that hold a step's inputs, since what is recorded reads and writes always the same memory.
+    """
+
+    def __init__(self, decoder: Decoder, step: StepInput, record: bool) -> None:
+        self.step = step
+        self.x, self.rows = decoder.new_rows(len(step.tokens)), decoder.new_rows(len(step.tokens))
+        """Residual stream, and what experts read of it: [T, H]."""
+        self._record = decoder.kernels.record if record else _as_it_is
+        self._calls: list[Callable[[], Any]] = []
+        self._next = 0
+
+    def begin(self, step: StepInput) -> None:
+        """Take the inputs of another step of this shape."""
+        for mine, new in zip(vars(self.step).values(), vars(step).values(), strict=True):
+            if mine is not new:
+                mine.copy_(new)
+        self._next = 0
+
+    def do(self, call: Callable[[], T]) -> T:
+        """``call``, or what is recorded of the same one, which is known by its place among all of a step's calls."""
+        if self._next == len(self._calls):
+            self._calls.append(self._record(call))
+        self._next += 1
+        return self._calls[self._next - 1]()
+
+
+def _as_it_is(call: Callable[[], T]) -> Callable[[], T]:
+    return call
 
 
 class ModelRunner:
@@ -56,35 +99,50 @@ class ModelRunner:
         self._exchange = exchange
         self._block_size = block_size
         self._trace_layers = trace_layers
+        self._programs: dict[tuple[int, ...], Program] = {}
 
-    def forward(self, chunks: Sequence[Chunk]) -> tuple[StepInput, Tensor]:
-        """The step and its residual stream [T, H] after the last layer.
+    def forward(self, chunks: Sequence[Chunk]) -> Program:
+        """Run one step; its ``x`` is the residual stream after the last layer, valid until the next step.
 
         Raises ExchangeUnavailable. The cache then holds the rows of some layers; a repeat writes the same again.
         """
-        step = build_step(chunks, self._block_size, self._decoder.device)
-        x = self._decoder.embed(step)
+        program = self._program(build_step(chunks, self._block_size, self._decoder.device))
+        program.do(partial(self._decoder.embed, program.step, program.x))
         trace = self._trace(chunks)
         for layer in self._decoder.spec.layers:
-            if layer.moe:
-                staged = self._exchange.stage(len(x))
-                self._decoder.attend(layer.index, x, step, self._cache, staged.rows)
-                self._exchange.combine(self._exchange.dispatch(layer.index, staged, trace), x)
-                trace = trace if self._trace_layers else NO_TRACE
-            else:
-                rows = torch.empty_like(x)
-                self._decoder.attend(layer.index, x, step, self._cache, rows)
-                self._decoder.dense(layer.index, rows, x)
-        return step, x
+            self._layer(layer, program, trace)
+            trace = trace if self._trace_layers or not layer.moe else NO_TRACE
+        return program
+
+    def _program(self, step: StepInput) -> Program:
+        """The one for this shape, with this step's inputs; long steps do not pay for keeping theirs."""
+        shape = (len(step.tokens), *step.tables.shape, len(step.logit_rows))
+        if shape[0] > RECORDED_ROWS:
+            return Program(self._decoder, step, record=False)
+        if shape not in self._programs:
+            if len(self._programs) == MOST_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+            self._programs[shape] = Program(self._decoder, step, record=True)
+        program = self._programs[shape]
+        program.begin(step)
+        return program
+
+    def _layer(self, layer: LayerSpec, program: Program, trace: Trace) -> None:
+        decoder, step, x, rows = self._decoder, program.step, program.x, program.rows
+        program.do(partial(decoder.attend, layer.index, x, step, self._cache, rows))
+        if layer.moe:
+            self._exchange.combine(self._exchange.dispatch(layer.index, rows, trace), x)
+        else:
+            program.do(partial(decoder.dense, layer.index, rows, x))
 
     def warm_up(self) -> Tensor:
         """Everything of a step but the exchange, on one row at the first slot; returns its residual stream [1, H]."""
-        device = self._decoder.device
+        decoder, device = self._decoder, self._decoder.device
         long, short = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
         step = StepInput(long, short, long, short, short.view(1, 1), long)
-        x = self._decoder.embed(step)
+        x, rows = decoder.new_rows(1), decoder.new_rows(1)
+        self._decoder.embed(step, x)
         for layer in self._decoder.spec.layers:
-            rows = torch.empty_like(x)
             self._decoder.attend(layer.index, x, step, self._cache, rows)
             if not layer.moe:
                 self._decoder.dense(layer.index, rows, x)
@@ -96,12 +154,12 @@ class ModelRunner:
         due = (c.sequence.trace for c in chunks if self._trace_layers or c.start == 0)
         return next((trace for trace in due if trace != NO_TRACE), NO_TRACE)
 
-    def logits(self, step: StepInput, x: Tensor) -> np.ndarray:
-        """fp32 [R, vocab] for the wanted rows, in host memory."""
-        return self._decoder.logits(x, step).cpu().numpy()
+    def logits(self, done: Program) -> np.ndarray:
+        """fp32 [R, vocab] for the rows that the chunks want, in host memory; valid until the next step."""
+        return done.do(partial(self._decoder.logits, done.x, done.step)).cpu().numpy()
 
-    def logits_of(self, step: StepInput, x: Tensor, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def logits_of(self, done: Program, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Logits of ``rows`` (int64, of x), some at a time: (index of the first, fp32 [some, vocab])."""
         for first in range(0, len(rows), PROMPT_LOGIT_ROWS):
-            part = torch.from_numpy(rows[first : first + PROMPT_LOGIT_ROWS]).to(x.device)
-            yield first, self.logits(replace(step, logit_rows=part), x)
+            part = torch.from_numpy(rows[first : first + PROMPT_LOGIT_ROWS]).to(done.x.device)
+            yield first, self._decoder.logits(done.x, replace(done.step, logit_rows=part)).cpu().numpy()

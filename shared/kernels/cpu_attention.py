@@ -18,8 +18,8 @@ from shared.kernels.jit import (
     I64,
     arguments,
     call,
+    float_of,
     helper,
-    number,
     parallel_kernel,
     routine,
     take_next,
@@ -163,4 +163,4 @@ def attention(threads, attend, addresses, sizes, window, scale):
 
 def attention_operation(at):
     a = arguments(at, 19)
-    return np.int64(attention(a[0], a[1], a[2:9], a[9:17], a[17], number(a[18])))
+    return np.int64(attention(a[0], a[1], a[2:9], a[9:17], a[17], float_of(a[18])))

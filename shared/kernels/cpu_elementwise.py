@@ -18,9 +18,9 @@ from shared.kernels.jit import (
     KIND_BF16,
     KIND_FP32,
     arguments,
+    float_of,
     helper,
     kernel,
-    number,
     view1,
     view2,
     view3,
@@ -232,7 +232,7 @@ def add_operation(at):
 
 def rms_norm_operation(at):
     x, weight, kind, eps, y, rows, depth = arguments(at, 7)
-    return np.int64(rms_norm(x, weight, kind, number(eps), y, rows, depth))
+    return np.int64(rms_norm(x, weight, kind, float_of(eps), y, rows, depth))
 
 
 def rope_operation(at):

@@ -88,7 +88,7 @@ def call_native(typing_context, address, args):
 
 
 @intrinsic
-def number(typing_context, bits):
+def float_of(typing_context, bits):
     """The fp64 with these int64 bits."""
 
     def codegen(context, builder, signature, args):

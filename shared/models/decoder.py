@@ -79,11 +79,14 @@ class Decoder:
         per_token = sum(heads * dim for heads, dim in map(_kv_shape, self.spec.layers))
         return 2 * block_size * per_token * self.dtype.itemsize
 
-    def embed(self, step: StepInput) -> Tensor:
-        """Residual stream x [T, H]."""
+    def new_rows(self, count: int) -> Tensor:
+        """Room for a residual stream [count, H]."""
         dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        x = torch.empty(len(step.tokens), self.spec.hidden, dtype=dtype, device=self.device)
-        return self.kernels.take(self.outer["embed"], step.tokens, x)
+        return torch.empty(count, self.spec.hidden, dtype=dtype, device=self.device)
+
+    def embed(self, step: StepInput, out: Tensor) -> Tensor:
+        """out [T, H] = the residual stream before the first layer."""
+        return self.kernels.take(self.outer["embed"], step.tokens, out)
 
     def attend(self, layer: int, x: Tensor, step: StepInput, cache: KvCache, out: Tensor) -> None:
         """x [T, H] += attention of ``layer``; out [T, H] = the post-attention norm of x, what experts read."""

@@ -24,7 +24,7 @@ class LocalModel:
 
     def forward(self, step: StepInput, cache: KvCache) -> Tensor:
         """One step -> logits fp32 [R, vocab]."""
-        x = self.decoder.embed(step)
+        x = self.decoder.embed(step, self.decoder.new_rows(len(step.tokens)))
         rows = torch.empty_like(x)
         for layer in self.decoder.spec.layers:
             self.decoder.attend(layer.index, x, step, cache, out=rows)

@@ -75,9 +75,9 @@ def sequences(prompts: list[list[int]]) -> list[Sequence]:
 
 def all_logits(runner: ModelRunner, chunks: list[Chunk]) -> list[Tensor]:
     """One step through the mesh: logits [count, vocab] of every row, by chunk."""
-    step, x = runner.forward(chunks)
-    rows = np.arange(len(x), dtype=np.int64)
-    logits = torch.cat([torch.from_numpy(part.copy()) for _, part in runner.logits_of(step, x, rows)])
+    done = runner.forward(chunks)
+    rows = np.arange(len(done.x), dtype=np.int64)
+    logits = torch.cat([torch.from_numpy(part.copy()) for _, part in runner.logits_of(done, rows)])
     return list(logits.split([chunk.count for chunk in chunks]))
 
 

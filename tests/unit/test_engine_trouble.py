@@ -125,8 +125,8 @@ def test_a_step_is_not_repeated_all_the_time_while_no_home_answers():
     engine = started("a")
     calls = []
     engine.exchange.available = False
-    stage = engine.exchange.stage
-    engine.exchange.stage = lambda count: calls.append(count) or stage(count)
+    dispatch = engine.exchange.dispatch
+    engine.exchange.dispatch = lambda layer, *rest: calls.append(layer) or dispatch(layer, *rest)
     for _ in range(50):
         engine.engine.turn()
     assert len(calls) == 2, "one attempt, which fails at the second MoE layer"
@@ -243,10 +243,10 @@ def test_the_view_reaches_the_exchange_and_its_version_the_stats():
 def test_what_breaks_in_the_compute_thread_comes_out_of_run():
     engine = started("a")
 
-    def broken(rows):
+    def broken(layer, rows, trace):
         raise RuntimeError("a defect")
 
-    engine.exchange.stage = broken
+    engine.exchange.dispatch = broken
     with pytest.raises(RuntimeError, match="a defect"):
         engine.engine.run()
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from services.attention.exchange import ExpertInstance, View
 from shared.errors import ExchangeUnavailable
@@ -57,9 +58,7 @@ def test_several_exchanges_can_be_open_at_once():
         batches = [(random_rows(s, s + 1), random_rows(s + 50, s + 1)) for s in range(4)]
         handles = []
         for hidden, _ in batches:
-            staged = mesh.exchange.stage(len(hidden))
-            staged.rows.copy_(hidden)
-            handles.append(mesh.exchange.dispatch(LAYERS[0], staged))
+            handles.append(mesh.exchange.dispatch(LAYERS[0], hidden))
         for (hidden, x), handle in reversed(list(zip(batches, handles, strict=True))):
             out = x.clone()
             mesh.exchange.combine(handle, out)
@@ -69,7 +68,7 @@ def test_several_exchanges_can_be_open_at_once():
 
 def test_an_update_gives_up_what_is_open():
     with toy_mesh(everywhere(1), deadline=5.0) as mesh:
-        handle = mesh.exchange.dispatch(LAYERS[0], mesh.exchange.stage(1))
+        handle = mesh.exchange.dispatch(LAYERS[0], random_rows(0, 1))
         mesh.exchange.update(mesh.view(seen=1.0))
         with pytest.raises(ExchangeUnavailable, match="given up"):
             mesh.exchange.combine(handle, random_rows(0, 1))
@@ -203,9 +202,7 @@ def test_a_placement_that_is_not_loaded_yet_is_refused_then_served():
     with toy_mesh(round_robin(2), deadline=5.0) as mesh:
         second = next_version(mesh.placement, [[1 - e % 2] for e in range(EXPERTS)])
         mesh.exchange.update(mesh.view(placement=second))
-        staged = mesh.exchange.stage(5)
-        staged.rows.copy_(random_rows(1, 5))
-        handle, out = mesh.exchange.dispatch(LAYERS[0], staged), random_rows(2, 5)
+        handle, out = mesh.exchange.dispatch(LAYERS[0], random_rows(1, 5)), random_rows(2, 5)
         expected = mesh.layers[LAYERS[0]].local(random_rows(1, 5), out)
         while not mesh.instances[0].server.stats.refused["unknown_placement"]:
             time.sleep(0)
@@ -265,7 +262,7 @@ class Scripted:
         self._attention_peer = self.transport.connect(self.attention.address)
 
     def ask(self, rows: int = 1):
-        return self.exchange.dispatch(LAYERS[0], self.exchange.stage(rows))
+        return self.exchange.dispatch(LAYERS[0], random_rows(0, rows))
 
     def parts(self, *parts: tuple[int, int], sender: int = 100, attempt: int = 0, **header) -> None:
         """A COMBINE of (token, expert) parts of weight 1; every row is the expert's number."""
@@ -302,7 +299,7 @@ def scripted():
 
 
 def combine(scripted: Scripted, handle) -> np.ndarray:
-    x = random_rows(0, handle.rows).zero_()
+    x = torch.zeros_like(handle.rows)
     scripted.exchange.combine(handle, x)
     return x.numpy()
 

@@ -4,13 +4,14 @@ import time
 from collections.abc import Mapping
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.transport.base import FrameKind
 from shared.transport.faults import Fault, Faults, Rates
 from shared.transport.memory import MemoryNetwork
-from tests.unit.toy_experts import LAYERS, everywhere, make_placement, round_robin, toy_mesh
+from tests.unit.toy_experts import HIDDEN, LAYERS, everywhere, make_placement, round_robin, toy_mesh
 
 PLACES = [everywhere(1), everywhere(2), round_robin(2), round_robin(3), [[0], [1], [0, 1], [2, 1], [0, 1, 2], [2]]]
 rates = st.builds(
@@ -46,9 +47,7 @@ def test_faults_during_a_placement_switch_change_no_byte(seed, chosen: Rates, lo
         second = make_placement([[1], [0], [1], [0, 1], [0], [1]], mesh.placement.instances, version=2)
         mesh.check(seed=seed)
         mesh.exchange.update(mesh.view(seen=time.monotonic(), placement=second))
-        staged = mesh.exchange.stage(2)
-        staged.rows.zero_()
-        handle = mesh.exchange.dispatch(LAYERS[0], staged)
+        handle = mesh.exchange.dispatch(LAYERS[0], torch.zeros(2, HIDDEN))
         for _ in range(loaded_after):
             mesh.exchange._wait(handle)
         mesh.adopt(mesh.placement, second)
@@ -74,7 +73,7 @@ def test_a_lost_refusal_is_asked_for_again():
     with toy_mesh(round_robin(2), MemoryNetwork(faults), deadline=0.02, give_up=30.0) as mesh:
         second = make_placement(round_robin(2), mesh.placement.instances, version=2)
         mesh.exchange.update(mesh.view(placement=second))
-        handle = mesh.exchange.dispatch(LAYERS[0], mesh.exchange.stage(1))
+        handle = mesh.exchange.dispatch(LAYERS[0], torch.zeros(1, HIDDEN))
         while not mesh.exchange.stats().refusals["unknown_placement"]:
             mesh.exchange._wait(handle)
         assert mesh.exchange.stats().repeats["deadline"] >= 1

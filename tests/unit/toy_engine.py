@@ -17,6 +17,7 @@ from services.attention.kv_cache import BlockPool
 from services.attention.phases import ignore
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
+from shared.kernels.reference import ReferenceKernels
 from shared.messages import SamplingParams, Submit, TokenDelta
 from shared.models.decoder import KvCache
 
@@ -27,6 +28,7 @@ LAYERS = (SimpleNamespace(index=0, moe=True), SimpleNamespace(index=1, moe=False
 
 class ToyDecoder:
     device = torch.device("cpu")
+    kernels = ReferenceKernels()
     spec = SimpleNamespace(layers=LAYERS)
 
     def __init__(self, block_size, poison=()):
@@ -37,8 +39,11 @@ class ToyDecoder:
     def new_cache(self, blocks):
         return KvCache([torch.full((blocks * self.block_size,), -1) for _ in LAYERS], [])
 
-    def embed(self, step):
-        return (step.tokens * 7 + 1).unsqueeze(1)
+    def new_rows(self, count):
+        return torch.empty(count, 1, dtype=torch.int64)
+
+    def embed(self, step, out):
+        out.copy_((step.tokens * 7 + 1).unsqueeze(1))
 
     def attend(self, layer, x, step, cache, out):
         cache.k[layer][step.slots] = x[:, 0]
@@ -73,14 +78,11 @@ class ToyExchange:
     def ready(self):
         return self.available
 
-    def stage(self, rows):
-        return SimpleNamespace(rows=torch.empty(rows, 1, dtype=torch.int64))
-
-    def dispatch(self, layer, staged, trace):
+    def dispatch(self, layer, rows, trace):
         if layer == LAYERS[-1].index and (self.failures or not self.available):
             self.failures = max(self.failures - 1, 0)
             raise ExchangeUnavailable(layer, ["e0"])
-        return staged.rows.clone()
+        return rows.clone()
 
     def combine(self, handle, x):
         x.copy_((x + handle * 5 + 11) % PRIME)
