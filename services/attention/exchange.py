@@ -37,7 +37,10 @@ class View:
 
 
 class Staged(Outgoing, Protocol):
-    """Rows on their way: fill ``rows`` [rows, hidden] with normed hidden states, then dispatch once."""
+    """Rows on their way: fill ``rows`` [rows, hidden] with normed hidden states, then dispatch once.
+
+    They may be read until the exchange is combined, or another is staged.
+    """
 
 
 class Handle(Protocol):

@@ -69,7 +69,9 @@ class ModelRunner:
             if layer.moe:
                 staged = self._exchange.stage(len(x))
                 self._decoder.attend(layer.index, x, step, self._cache, staged.rows)
-                self._exchange.combine(self._exchange.dispatch(layer.index, staged, trace), x)
+                handle = self._exchange.dispatch(layer.index, staged, trace)
+                self._decoder.shared(layer.index, staged.rows, x)  # while the experts compute
+                self._exchange.combine(handle, x)
                 trace = trace if self._trace_layers else NO_TRACE
             else:
                 rows = torch.empty_like(x)
@@ -86,8 +88,7 @@ class ModelRunner:
         for layer in self._decoder.spec.layers:
             rows = torch.empty_like(x)
             self._decoder.attend(layer.index, x, step, self._cache, rows)
-            if not layer.moe:
-                self._decoder.dense(layer.index, rows, x)
+            (self._decoder.shared if layer.moe else self._decoder.dense)(layer.index, rows, x)
         self._decoder.logits(x, step)
         return x
 

@@ -10,6 +10,8 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[str, Tensor] = {}
+        self._counted = torch.empty(0, dtype=torch.int32)
+        self._zeros = torch.empty(0, dtype=torch.int32)
 
     def rows(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """[rows, width] with undefined values; its address stays until a larger one is asked for by this name."""
@@ -17,3 +19,10 @@ class Scratch:
         if buffer is None or buffer.numel() < size or buffer.dtype is not dtype:
             buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=self._device)
         return buffer[:size].view(rows, width)
+
+    def everyone(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(0 .. rows - 1, zeros), int32 [rows] each: every row goes to expert 0."""
+        if len(self._counted) < rows:
+            self._counted = torch.arange(rows, dtype=torch.int32, device=self._device)
+            self._zeros = torch.zeros_like(self._counted)
+        return self._counted[:rows], self._zeros[:rows]
