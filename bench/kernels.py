@@ -50,6 +50,8 @@ def cases(
     """(name, call, bytes read, floating-point operations) of each kernel for a number of rows."""
     import torch
 
+    from shared.kernels.base import Paged, Visibility
+
     def bf16(*shape: int) -> list[torch.Tensor]:
         one = torch.randn(shape).bfloat16()
         return [one.clone() for _ in range(max(1, ROTATION_BYTES // one.nbytes))]
@@ -78,8 +80,10 @@ def cases(
     positions = torch.arange(CONTEXT, CONTEXT + rows).int()
     seen = float((positions + 1).sum())
 
+    at, mixed = Paged(table, one, positions), torch.empty(rows, HEADS * HEAD_DIM)
+
     def attend(_: int) -> object:
-        return kernels.attention(q, cache, cache, table, one, positions, 0.125)
+        return kernels.attention(q, (cache, cache), at, Visibility(0.125), mixed)
 
     yield "attention", attend, 2.0 * seen * KV_HEADS * HEAD_DIM * 4, 4.0 * seen * HEADS * HEAD_DIM
 

@@ -39,7 +39,8 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
 
     instance.telemetry.collect(read_metrics)
     computing = instance.spawn(side.call(built.run), "compute")
-    await server.start(engine, await PlacementWatch(instance).start(), limits.max_model_len)
+    watch = await PlacementWatch(instance).start()
+    await server.start(engine, watch, limits.max_model_len, built.exchange.foresee)
     device = str(side.device)
     await instance.ready(lambda: {"attention": facts(engine.stats, limits, time.monotonic()), "device": device})
     await instance.until_stopped()

@@ -27,7 +27,7 @@ SLICE_S = 0.05  # how often a waiting exchange looks whether a connection broke
 
 
 class MeshExchange:
-    """See ``Exchange``. Belongs to the compute thread, but for ``wake`` and ``stats``.
+    """See ``Exchange``. Belongs to the compute thread, but for ``wake``, ``foresee`` and ``stats``.
 
     Args:
         mesh: hash of mesh name and model digest (shared/activation.py).
@@ -64,6 +64,11 @@ class MeshExchange:
         self._arrangement = Arrangement(top_k)
         self._sequence = 0
         self._probe_at = 0.0
+        self._members: frozenset[int] | None = None
+
+    def foresee(self, view: View) -> None:
+        """From any thread: who is not in it any more need not be waited for. An ``update`` with it follows."""
+        self._members = frozenset(instance.incarnation for instance in view.instances.values())
 
     # ---- between steps ----------------------------------------------------------------------------------
 
@@ -186,11 +191,15 @@ class MeshExchange:
         self._again(pending, refused, "refusal")
 
     def _look_for_dead(self, pending: Pending) -> None:
-        dead = self._targets.dead(pending.missing)
-        if dead:
-            self._suspect(dead)
-            if self._targets.live != pending.live:
-                self._again(pending, dead, "connection")
+        lost = self._targets.unreachable(pending.missing, self._members)
+        if not lost:
+            return
+        self._stats.suspected.update(self._targets.names(lost))
+        self._targets.lose(lost)
+        if not self._targets.asked(pending.layer):
+            pending.problem = "gone, and some experts have no other home"
+            raise self._unavailable(pending, lost)
+        self._again(pending, lost, "connection")
 
     def _disagree(self, pending: Pending, reason: str) -> None:
         pending.disagreements += 1

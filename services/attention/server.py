@@ -59,9 +59,15 @@ class AttentionServer:
         """From the compute thread: send these as soon as possible."""
         self._loop.call_soon_threadsafe(self._outgoing.put_nowait, (gateway, deltas))
 
-    async def start(self, engine: Engine, watch: PlacementWatch, max_model_len: int) -> None:
-        """Subscribe, and keep the engine's view current from now on."""
-        self._engine, self._watch = engine, watch
+    async def start(
+        self,
+        engine: Engine,
+        watch: PlacementWatch,
+        max_model_len: int,
+        foresee: Callable[[View], None] = lambda view: None,
+    ) -> None:
+        """Subscribe, and keep the engine's view current from now on; ``foresee`` gets it at once, not between steps."""
+        self._engine, self._watch, self._foresee = engine, watch, foresee
         self._parts = PartBuffer(4 * max_model_len)
         instance = self._instance
         instance.members.on_change(self._refresh)
@@ -154,7 +160,9 @@ class AttentionServer:
         newest, members = self._watch.current, self._instance.members
         if newest and newest.digest == self._digest and adoptable(newest, members):
             self._adopted = newest
-        self._engine.update(build_view(self._adopted, members, self._digest))
+        view = build_view(self._adopted, members, self._digest)
+        self._foresee(view)
+        self._engine.update(view)
         self._check_leases()
 
     def _check_leases(self) -> None:

@@ -131,7 +131,9 @@ class ModelRunner:
         decoder, step, x, rows = self._decoder, program.step, program.x, program.rows
         program.do(partial(decoder.attend, layer.index, x, step, self._cache, rows))
         if layer.moe:
-            self._exchange.combine(self._exchange.dispatch(layer.index, rows, trace), x)
+            handle = self._exchange.dispatch(layer.index, rows, trace)
+            program.do(partial(decoder.shared, layer.index, rows, x))  # while the experts compute
+            self._exchange.combine(handle, x)
         else:
             program.do(partial(decoder.dense, layer.index, rows, x))
 
@@ -144,8 +146,7 @@ class ModelRunner:
         self._decoder.embed(step, x)
         for layer in self._decoder.spec.layers:
             self._decoder.attend(layer.index, x, step, self._cache, rows)
-            if not layer.moe:
-                self._decoder.dense(layer.index, rows, x)
+            (self._decoder.shared if layer.moe else self._decoder.dense)(layer.index, rows, x)
         self._decoder.logits(x, step)
         return x
 

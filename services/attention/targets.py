@@ -6,7 +6,7 @@ Sends nothing but connects; judges instances only by what the exchange reports a
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,7 @@ class Targets:
         self._view = View()
         self._peers: dict[int, Peer] = {}  # by incarnation
         self._suspected: dict[int, float] = {}  # incarnation -> monotonic time
+        self._lost: dict[int, float] = {}  # those that no frame can reach: incarnation -> monotonic time
         self._bits: dict[int, int] = {}  # incarnation -> bit in the placement
         self._masks: dict[int, int] = {}  # layer -> instances with any home there
         self._table = np.zeros(0, np.uint64)  # homes of all layers
@@ -68,8 +69,10 @@ class Targets:
         if view is self._view:
             return []
         wanted = {instance.incarnation: instance for instance in view.instances.values()}
-        for incarnation in self._peers.keys() - wanted.keys():
+        heard_again = {i for i, since in self._lost.items() if i in wanted and wanted[i].last_seen > since}
+        for incarnation in (self._peers.keys() - wanted.keys()) | heard_again:
             self._transport.disconnect(self._peers.pop(incarnation))
+        self._lost = {i: since for i, since in self._lost.items() if i in self._peers}
         new = [self._connect(i) for i in wanted.values() if i.incarnation not in self._peers]
         self._suspected = {
             i: since for i, since in self._suspected.items() if i in self._peers and wanted[i].last_seen <= since
@@ -83,7 +86,7 @@ class Targets:
 
     def ready(self) -> bool:
         """True when every expert has a home that is connected and not suspected."""
-        trusted = sum(bit for i, bit in self._bits.items() if i not in self._suspected)
+        trusted = sum(bit for i, bit in self._bits.items() if i not in self._suspected and i not in self._lost)
         return self._table.size > 0 and covers(trusted, self._table)
 
     def asked(self, layer: int) -> int:
@@ -105,17 +108,26 @@ class Targets:
     def absent(self) -> list[str]:
         """Ids of the placement's instances that are not connected."""
         ids = self.placement.instances if self.placement else ()
-        return self.names(((1 << len(ids)) - 1) & ~sum(self._bits.values()))
+        return self.names(((1 << len(ids)) - 1) & ~self._present())
 
     def suspects(self) -> int:
         """Mask of the suspected instances."""
         return sum(self._bits.get(i, 0) for i in self._suspected)
 
-    def dead(self, mask: int) -> int:
-        """Those of ``mask`` whose connection the transport knows to be gone and that are not suspected yet."""
-        return sum(
-            bit for i, bit in self._bits.items() if bit & mask and i not in self._suspected and not self._peers[i].alive
-        )
+    def unreachable(self, mask: int, members: Container[int] | None) -> int:
+        """Those of ``mask`` that are not lost yet, but whose connection broke or that are not in ``members`` any more.
+
+        Args:
+            members: incarnations that the control plane knows now; None: it has not said.
+        """
+        gone = (i for i in self._bits if not self._peers[i].alive or (members is not None and i not in members))
+        return sum(self._bits[i] & mask for i in gone if i not in self._lost)
+
+    def lose(self, mask: int) -> None:
+        """No answer can come from them: never asked again, unless a heartbeat shows that they live."""
+        now = time.monotonic()
+        self._lost |= {i: now for i, bit in self._bits.items() if bit & mask}
+        self.suspect(mask)
 
     def suspect(self, mask: int) -> None:
         """They did not answer in time: left out of the live mask where that is possible."""
@@ -153,7 +165,10 @@ class Targets:
         found = ((index, instances.get(name)) for index, name in enumerate(ids))
         return {i.incarnation: 1 << index for index, i in found if i and i.incarnation in self._peers}
 
+    def _present(self) -> int:
+        return sum(bit for i, bit in self._bits.items() if i not in self._lost)
+
     def _refresh(self) -> None:
         newest_first = sorted(self._suspected, key=lambda i: -self._suspected[i])
         suspects = [self._bits[i] for i in newest_first if i in self._bits]
-        self.live = live_mask(sum(self._bits.values()), suspects, self._table)
+        self.live = live_mask(self._present(), suspects, self._table)

@@ -7,7 +7,7 @@ The environment follows transformers/utils/chat_template_utils.py.
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -18,6 +18,14 @@ from jinja2.utils import Namespace
 
 from services.gateway.errors import BadRequest
 from shared.errors import ModelError
+
+Turn = Literal["assistant", "none", "continue"]
+CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Marks the end of the message to continue; its space shows whether the template trims messages."""
+TEMPLATE_VARIABLES = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+)
+"""Names that a client may not give to a template."""
 
 
 class _Generation(Extension):
@@ -85,20 +93,40 @@ class ChatTemplate:
         except TemplateError as error:
             raise ModelError("chat template", str(error)) from error
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text, ready for the assistant's turn. Raises BadRequest when the template refuses."""
+    def render(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any] = {}, turn: Turn = "assistant"
+    ) -> str:
+        """The prompt text.
+
+        Args:
+            variables: more of them for the template, e.g. ``enable_thinking``.
+            turn: what the text is ready for: the assistant's next message, nothing, or more of the last message.
+
+        Raises BadRequest when the template refuses.
+        """
+        if turn != "continue":
+            return self._render(messages, variables, turn == "assistant")
+        last = messages[-1] | {"content": messages[-1]["content"] + CONTINUE_TAG}
+        return _up_to_tag(self._render([*messages[:-1], last], variables, False))
+
+    def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], generation_prompt: bool) -> str:
         if self._template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", None, "no_chat_template")
+        own = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            return self._template.render({**self._special_tokens, **variables, **own})
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise BadRequest(f"the model's chat template refused these messages: {error}", "messages") from error
+
+
+def _up_to_tag(text: str) -> str:
+    """The text before the tag; where the template trims messages, without spaces at its end."""
+    at = text.rfind(CONTINUE_TAG.rstrip())
+    if at < 0:
+        raise BadRequest(
+            "continue_final_message: the model's chat template does not show the last message", "continue_final_message"
+        )
+    return text[:at] if text.startswith(CONTINUE_TAG, at) else text[:at].rstrip()
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

@@ -45,7 +45,7 @@ class Choice:
     def __init__(self, job: Job, tokenizer: Tokenizer, eos: Sequence[int]) -> None:
         self._index = job.index
         self._eos = eos
-        self._text = OutputText(tokenizer.detokenizer(job.prompt), job.stops, job.sampling.min_tokens)
+        self._text = OutputText(tokenizer.detokenizer(job.prompt, job.skip_special), job.stops, job.sampling.min_tokens)
 
     def feed(self, update: Update) -> Piece:
         piece = Piece(self._index, prompt_logprobs=update.prompt_logprobs)

@@ -13,7 +13,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def __init__(self, request: CompletionRequest, model: ServedModel, prompts: list[Prompt]) -> None:
         super().__init__(request, model, prompts)
-        self._echoes = [_prompt_text(p, model) for p in prompts] if request.echo else []
+        self._echoes = [self._prompt_text(p) for p in prompts] if request.echo else []
 
     def pieces(self, piece: Piece, first: bool) -> list[Json]:
         echo = first and bool(self.request.echo)
@@ -54,19 +54,19 @@ class CompletionAnswer(Answer[CompletionRequest]):
         if not echo:
             return found
         ids = self.prompt_of(piece.index).ids
-        prompt = completion_logprobs(tokenizer, ids, piece.prompt_logprobs, _offsets(ids, self.model), count)
+        prompt = completion_logprobs(tokenizer, ids, piece.prompt_logprobs, self._offsets(ids), count)
         return {field: prompt[field] + found[field] for field in found}
 
+    def _prompt_text(self, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        return self.model.tokenizer.decode(prompt.ids, self.request.skips_special)
 
-def _prompt_text(prompt: Prompt, model: ServedModel) -> str:
-    return prompt.text if prompt.text is not None else model.tokenizer.decode(prompt.ids)
-
-
-def _offsets(ids: list[int], model: ServedModel) -> list[int]:
-    """Where each prompt token begins in the prompt's text."""
-    detokenizer = model.tokenizer.detokenizer([])
-    offsets, length = [], 0
-    for token in ids:
-        offsets.append(length)
-        length += len(detokenizer.push(token))
-    return offsets
+    def _offsets(self, ids: list[int]) -> list[int]:
+        """Where each prompt token begins in the prompt's text."""
+        detokenizer = self.model.tokenizer.detokenizer([], self.request.skips_special)
+        offsets, length = [], 0
+        for token in ids:
+            offsets.append(length)
+            length += len(detokenizer.push(token))
+        return offsets

@@ -15,7 +15,14 @@ from services.gateway.choices import Choices, Piece
 from services.gateway.completions import CompletionAnswer
 from services.gateway.errors import ApiError, BadRequest, Unavailable
 from services.gateway.metrics import GatewayMetrics, Timing
-from services.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from services.gateway.protocol import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Templated,
+    TokenizeRequest,
+)
 from services.gateway.requests import Job
 from services.gateway.router import Router
 from services.gateway.sampling import (
@@ -76,7 +83,7 @@ class Gateway:
         """Raises ApiError for anything that is wrong with the request."""
         self._check(request)
         limits = self.limits()
-        prompts = [await self._chat_prompt(request.messages)]
+        prompts = [await self._chat_prompt(request.messages, request)]
         return ChatAnswer(request, self.model, prompts), self._jobs(request, prompts, limits, "messages")
 
     async def pieces(self, jobs: Sequence[Job], headers: Mapping[str, str], name: str) -> AsyncGenerator[Piece, None]:
@@ -129,7 +136,7 @@ class Gateway:
             max_tokens = output_limit(request, len(prompt.ids), limits)
             for child in range(n):
                 sampling = sampling_params(request, max_tokens, child, limits)
-                jobs.append(Job(number * n + child, prompt.ids, sampling, request.stops))
+                jobs.append(Job(number * n + child, prompt.ids, sampling, request.stops, request.skips_special))
         self.metrics.prompt_tokens += sum(len(prompt.ids) for prompt in prompts)
         return jobs
 
@@ -143,16 +150,18 @@ class Gateway:
             return Prompt(await self.model.tokenizer.encode(prompt, special=True), prompt)
         return Prompt(prompt)
 
-    async def _chat_prompt(self, messages: Sequence[Any]) -> Prompt:
-        text = self.model.template.render([message.plain() for message in messages])
+    async def _chat_prompt(self, messages: Sequence[ChatMessage], how: Templated) -> Prompt:
+        plain = [message.plain() for message in messages]
+        text = self.model.template.render(plain, how.chat_template_kwargs or {}, how.turn)
         return Prompt(await self.model.tokenizer.encode(text, special=False), text)
 
     # ---- tokens and models --------------------------------------------------------------------------------
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        request.check()
         self.check_model(request.model)
         if request.messages is not None:
-            ids = (await self._chat_prompt(request.messages)).ids
+            ids = (await self._chat_prompt(request.messages, request)).ids
         else:
             special = request.add_special_tokens is not False
             ids = await self.model.tokenizer.encode(request.prompt or "", special)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.gateway.chat import TEMPLATE_VARIABLES, Turn
 from services.gateway.errors import BadRequest, from_schema
 from services.gateway.unsupported import check_unsupported
 
@@ -17,6 +18,7 @@ MAX_PROMPTS = 1024
 MAX_STOPS = 4
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
+MAX_TEMPLATE_KWARGS = 64
 
 Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -73,6 +75,7 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    skip_special_tokens: bool | None = None
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -93,6 +96,10 @@ class Sampling(Body):
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def skips_special(self) -> bool:
+        return self.skip_special_tokens is not False
 
     @property
     def choices(self) -> int:
@@ -163,7 +170,32 @@ class ChatMessage(Body):
         return {"role": self.role, "content": text} | {k: v for k, v in extra.items() if v is not None}
 
 
-class ChatRequest(Sampling):
+class Templated(Body):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
+
+    @property
+    def turn(self) -> Turn:
+        if self.continue_final_message:
+            return "continue"
+        return "none" if self.add_generation_prompt is False else "assistant"
+
+    def check_template(self) -> None:
+        """Raises BadRequest."""
+        if self.continue_final_message and self.add_generation_prompt:
+            raise BadRequest(
+                "continue_final_message: cannot be true together with add_generation_prompt", "continue_final_message"
+            )
+        if taken := TEMPLATE_VARIABLES.intersection(self.chat_template_kwargs or ()):
+            raise BadRequest(
+                f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set here", "chat_template_kwargs"
+            )
+
+
+class ChatRequest(Templated, Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
@@ -172,11 +204,12 @@ class ChatRequest(Sampling):
 
     def check(self) -> None:
         super().check()
+        self.check_template()
         if self.top_logprobs is not None and not self.logprobs:
             raise BadRequest("top_logprobs: needs logprobs: true", "top_logprobs")
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Templated):
     """``prompt`` or ``messages``; a prompt gets the model's special tokens unless told otherwise."""
 
     model: str | None = None
@@ -190,6 +223,13 @@ class TokenizeRequest(Body):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
+
+    def check(self) -> None:
+        """Rules between fields. Raises BadRequest."""
+        self.check_template()
+        for name in Templated.model_fields if self.messages is None else ():
+            if getattr(self, name) is not None:
+                raise BadRequest(f"{name}: only allowed together with messages", name)
 
 
 class DetokenizeRequest(Body):

@@ -32,6 +32,8 @@ class Job:
     prompt: list[int]
     sampling: SamplingParams
     stops: tuple[str, ...] = ()
+    skip_special: bool = True
+    """Special tokens have no text."""
     trace: dict[str, str] = field(default_factory=dict)
     """W3C headers of the request's span."""
 

@@ -19,7 +19,7 @@ class Detokenizer:
     given out; decoding it again together with what follows keeps the decoder's left context.
 
     Args:
-        decode: ids -> text, special tokens left out.
+        decode: ids -> text.
         special: ids without text.
         prompt: token ids before the output.
     """

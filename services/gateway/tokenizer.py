@@ -5,7 +5,7 @@ Chat templates are in chat.py, incremental decoding in text.py.
 
 import asyncio
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
@@ -48,8 +48,9 @@ class Tokenizer:
         """Text of ``ids``; ids beyond the vocabulary have none."""
         return self._hf.decode(ids, skip_special_tokens=skip_special)
 
-    def detokenizer(self, prompt: list[int]) -> Detokenizer:
-        return Detokenizer(self.decode, self.special, prompt)
+    def detokenizer(self, prompt: list[int], skip_special: bool = True) -> Detokenizer:
+        silent = self.special if skip_special else frozenset[int]()
+        return Detokenizer(partial(self.decode, skip_special=skip_special), silent, prompt)
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes that a token stands for inside a text; may be a part of a character."""

@@ -64,7 +64,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "separate_reasoning": (True,),
     "session_id": _NONE,
     "session_params": _NONE,
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_regex": _NONE,
     "stream_interval": (1,),

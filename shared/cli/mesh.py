@@ -5,17 +5,16 @@ Used by ``moemesh up``, ``moemesh demo``, the tests and the benches.
 
 import asyncio
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 import httpx
 
 from shared.bus import Bus
 from shared.cli.children import Child, ChildDied, cores
+from shared.cli.owned import owned_directory
 from shared.cli.serve import FOLLOW_PARENT
 from shared.errors import MoemeshError
 from shared.membership import Members
@@ -83,8 +82,8 @@ class LocalMesh:
 
     async def _start(self) -> None:
         if not self.nats_url:
-            store = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="moemesh-nats-"))
-            self.nats = await self._stack.enter_async_context(NatsServer(Path(store)))
+            store = self._stack.enter_context(owned_directory("moemesh-nats-"))
+            self.nats = await self._stack.enter_async_context(NatsServer(store))
             self.nats_url = self.nats.url
         for name, argv in service_arguments(self.options).items():
             child = Child(name, [*self.options.python, "serve", *argv], self._environ(name), self._on_line)

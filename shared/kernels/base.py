@@ -8,14 +8,13 @@ T = rows (tokens) of this call, H = hidden size, P = parts (token, chosen expert
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from shared.models.spec import RouterSpec
-
-T = TypeVar("T")
 
 
 class ExpertTable(Protocol):
@@ -27,28 +26,89 @@ class ExpertTable(Protocol):
         ...
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which cache positions a row at position p sees, out of 0..p, and what else takes a share of its softmax."""
+
+    scale: float
+    """Factor of the scores."""
+    window: int = 0
+    """The last ``window`` only; 0 = all."""
+    chunk: int = 0
+    """Those in p's own chunk of this size only; 0 = all."""
+    sinks: Tensor | None = None
+    """fp32 [heads]: a score that takes its share and gives nothing."""
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Where the rows of a step lie in the paged cache; tensors on the device."""
+
+    tables: Tensor
+    """int32 [sequences, max blocks]"""
+    sequence: Tensor
+    """int32 [T]: row of ``tables``."""
+    positions: Tensor
+    """int32 [T]"""
+
+
 class Kernels(Protocol):
-    """All tensors lie on one device. ``out`` arguments are written and returned; without one a tensor is made."""
+    """All tensors lie on one device. ``out`` arguments are written and returned; without one a tensor is made.
+
+    "Rows" may be a view whose rows are further apart than they are long; each row is contiguous.
+    """
 
     def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
         """out[t] = row ids[t] of table [N, D]; ids int64 [T], out [T, D]; the table has any dtype of weights."""
         ...
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x += y, element by element; both of one shape."""
+    def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+        """x += scale * y, element by element; both of one shape."""
+        ...
+
+    def gated_add(self, x: Tensor, y: Tensor, gate: Tensor) -> None:
+        """x [T, H] += sigmoid(gate [T, 1]) * y [T, H]."""
+        ...
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        """x *= factor."""
+        ...
+
+    def scale_rows(self, x: Tensor, factors: Tensor, index: Tensor) -> None:
+        """x [T, ...] row t *= factors[index[t]]; factors fp32 [N], index int32 [T]."""
+        ...
+
+    def clip(self, x: Tensor, limit: float) -> None:
+        """Bound x to -limit .. limit."""
+        ...
+
+    def copy(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = x; rows [T, heads, D] of both may be views."""
         ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> [T, N]; weight is fp32, bf16 or fp16."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-        """Root-mean-square norm over the last dimension of x [..., D] with weight [D]."""
+    def head_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """out[t, h] = weight[h] @ x[t, h]: x [T, heads, K], weight [heads, N, K] (rows), out [T, heads, N] (rows)."""
         ...
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-        """Rotate x [T, heads, D] in place, half-split form (HF ``rotate_half``) on the first 2*R dimensions.
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """Root-mean-square norm over the last dimension of rows x [..., D] with weight [D]."""
+        ...
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """Layer norm over the last dimension of x [..., D] with weight and bias [D]."""
+        ...
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False) -> None:
+        """Rotate the first 2*R dimensions of rows x [T, heads, D] in place.
+
+        Pairs are (i, i + R), the half-split form (HF ``rotate_half``), or (2i, 2i + 1) when ``interleaved``.
         cos, sin: [max positions, R] fp32; positions: int32 [T].
         """
         ...
@@ -57,32 +117,34 @@ class Kernels(Protocol):
         """cache [blocks, block_size, kv_heads, D] viewed as slots; rows [T, kv_heads, D]; slots int64 [T]."""
         ...
 
-    def attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        tables: Tensor,
-        sequence: Tensor,
-        positions: Tensor,
-        scale: float,
-        window: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Causal attention of T query rows over the paged cache -> [T, heads * D].
+    def attention(self, q: Tensor, caches: tuple[Tensor, Tensor], at: Paged, sees: Visibility, out: Tensor) -> Tensor:
+        """Causal attention of T query rows over the paged cache -> out [T, heads * V].
 
-        q [T, heads, D]; caches [blocks, block_size, kv_heads, D]; tables int32 [sequences, max blocks]; sequence int32
-        [T] = row of ``tables``; positions int32 [T]: row t sees cache positions 0..positions[t] (the last ``window`` if
-        > 0).
+        q [T, heads, D]; keys [blocks, block_size, kv_heads, D], values [blocks, block_size, kv_heads, V] (rows: V <= D
+        leading dimensions of the keys, say). Row t sees cache positions 0..positions[t], less what ``sees`` excludes.
         """
         ...
 
-    def route(self, x: Tensor, weight: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
-        """Gate: x [T, H], weight [E, H] -> (weights fp32 [T, k], ids int32 [T, k]); ties go to the lowest id."""
+    def route(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        router: RouterSpec,
+        bias: Tensor | None = None,
+        correction: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gate: x [T, H], weight [E, H] -> (weights fp32 [T, k], ids int32 [T, k]); ties go to the lowest id.
+
+        bias and correction: [E], as ``router`` says. sparsemixer (GRIN, arXiv 2409.12136): the best score s takes the
+        softmax's share among the scores e for which (s - e) / max(|e|, s) <= 2 * jitter; then the same without it.
+        """
         ...
 
     def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> ExpertTable:
-        """Logical id -> (gate [I, H], up [I, H], down [H, I]). On CPU the tensors stay where they are (mapped)."""
+        """Logical id -> (gate [I, H], up [I, H], down [H, I]), then the biases of all three or none.
+
+        On CPU the tensors stay where they are (mapped).
+        """
         ...
 
     def experts(
@@ -102,10 +164,10 @@ class Kernels(Protocol):
         ...
 
     def record(self, call: Callable[[], T]) -> Callable[[], T]:
-        """Something that does again what ``call`` does with tensors of this device, and returns what it returned.
+        """Something that does again what ``call`` does to tensors on the device, and returns what it returned.
 
-        It works on the same memory: new values are to be written into the same tensors. ``call`` must use nothing but
-        these kernels on them.
+        It uses the memory of the first time, which must live on: new values are to be written into the same tensors.
+        ``call`` must use nothing but these kernels on them.
         """
         ...
 

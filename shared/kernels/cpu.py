@@ -3,46 +3,30 @@
 Activations and the KV cache are fp32; weights are fp32, bf16 or fp16 and are read where they lie.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from shared.kernels import cpu_attention, cpu_elementwise, cpu_experts, cpu_linear
-from shared.kernels.base import ExpertTable
+from shared.kernels import cpu_attention, cpu_elementwise, cpu_experts, cpu_linear, cpu_mla, cpu_router
+from shared.kernels.base import ExpertTable, Paged, Visibility
 from shared.kernels.cache import compile_once
-from shared.kernels.jit import KIND_BF16, KIND_FP16, KIND_FP32
-from shared.kernels.program import Tape, compile_operation
+from shared.kernels.cpu_checks import expect, head_strides, is_plain, weight_kind
+from shared.kernels.cpu_rowwise import RowKernels
 from shared.models.spec import RouterSpec
 
-_KINDS = {
-    torch.float32: KIND_FP32,
-    torch.bfloat16: KIND_BF16,
-    torch.float16: KIND_FP16,
-}
 _ACTIVATIONS = {
     "silu": cpu_elementwise.SILU,
     "gelu": cpu_elementwise.GELU,
     "gelu_pytorch_tanh": cpu_elementwise.GELU_TANH,
+    "clamped_swiglu": cpu_elementwise.CLAMPED_SWIGLU,
 }
-T = TypeVar("T")
-_OPERATIONS = {
-    "add": cpu_elementwise.add_operation,
-    "attention": cpu_attention.attention_operation,
-    "experts": cpu_experts.experts_operation,
-    "linear": cpu_linear.linear_operation,
-    "rms_norm": cpu_elementwise.rms_norm_operation,
-    "rope": cpu_elementwise.rope_operation,
-    "store_rows": cpu_elementwise.store_rows_operation,
-    "take": cpu_elementwise.take_operation,
-}
-"""Kernels that can be recorded."""
 _PARALLEL_WORK = 1 << 18
 """Multiplications below which a second thread costs more than it brings."""
 
@@ -52,7 +36,7 @@ class CpuExpertTable:
     """Addresses of the resident experts' weights, and the tensors that keep them mapped."""
 
     addresses: np.ndarray
-    """int64 [highest id + 1, 3]: gate, up, down; 0 = not resident."""
+    """int64 [highest id + 1, 6]: gate, up, down, 0 = not resident; then their biases, 0 = none."""
     kind: int
     hidden: int
     expert_hidden: int
@@ -63,7 +47,7 @@ class CpuExpertTable:
         return frozenset(self.tensors)
 
 
-class CpuKernels:
+class CpuKernels(RowKernels):
     """``Kernels`` with a fixed order of operations per output row. Call it from one thread at a time.
 
     Args:
@@ -76,7 +60,6 @@ class CpuKernels:
         limit = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(threads, limit) if threads > 0 else limit
         torch.set_num_threads(self.threads)
-        self._tape: Tape | None = None
         directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         compile_once(Path(directory) if directory else None, self.compile)
 
@@ -88,86 +71,47 @@ class CpuKernels:
     def _attend(self) -> Any:
         return cpu_attention.compile_attend()
 
-    @cached_property
-    def _operations(self) -> dict[str, Any]:
-        return {name: compile_operation(operation) for name, operation in _OPERATIONS.items()}
-
-    def record(self, call: Callable[[], T]) -> Callable[[], T]:
-        """See ``Kernels.record``; ``call`` runs now, but none of its arithmetic."""
-        self._tape = tape = Tape()
-        try:
-            result = call()
-        finally:
-            self._tape = None
-        return tape.finish(result)
-
-    def _do(self, function: Any, kept: tuple[object, ...], *arguments: Any) -> bool:
-        """Run a numba kernel, or write it down; ``kept`` is what its addresses point to."""
-        if self._tape is None:
-            return function(*arguments)
-        flat: list[int | float] = []
-        for argument in arguments:
-            flat += argument if isinstance(argument, tuple) else (argument,)
-        name = function.__name__
-        self._tape.add(name, self._operations[name].address, tuple(flat), kept)
-        return True
-
     def compile(self) -> None:
         """Compile every kernel, or load it from the cache: a first call takes no longer than any other after this."""
         x, weight = torch.zeros(2, 16), torch.zeros(16, 16, dtype=torch.bfloat16)
         norm, positions, pair = torch.ones(16), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1)
         cache, slots = torch.zeros(1, 1, 1, 16), torch.zeros(2, dtype=torch.int64)
-        heads = x.view(2, 1, 16)
+        heads, at = x.view(2, 1, 16), Paged(positions.view(2, 1), positions, positions)
         self.take(weight, slots, x)
         self.add(x, x)
+        self.gated_add(x, x, pair)
+        self.scale(x, 1.0)
+        self.scale_rows(x, norm, positions)
+        self.clip(x, 1.0)
+        self.copy(heads, heads)
         self.linear(x, weight)
+        self.head_linear(heads, weight.view(1, 16, 16), heads)
         self.rms_norm(x, norm, 1e-6)
+        self.layer_norm(x, norm, norm, 1e-6)
         self.rope(heads, pair, pair, positions)
         self.store_kv(cache, heads, slots)
-        self.attention(heads, cache, cache, positions.view(2, 1), positions, positions, 1.0)
+        self.attention(heads, (cache, cache), at, Visibility(1.0), torch.empty(2, 16))
         self.route(x, weight, RouterSpec(experts=16, top_k=2))
         table = self.expert_table({0: (weight, weight, weight)})
         self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
-        self.record(lambda: self.add(x, x))()
-
-    def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
-        """out[t] = row ids[t] of table [N, D], as fp32."""
-        count, depth = table.shape
-        _expect(table.is_contiguous() and _is(ids, torch.int64), "the table must be contiguous, ids int64")
-        _output(out, (len(ids), depth))
-        addresses = (table.data_ptr(), _kind(table), ids.data_ptr(), out.data_ptr())
-        _expect(
-            self._do(cpu_elementwise.take, (table, ids, out), *addresses, len(ids), depth, count),
-            "ids must be below {}",
-            count,
-        )
-        return out
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x += y."""
-        _expect(_is(x, torch.float32) and _is(y, torch.float32), "x and y must be contiguous fp32")
-        _expect(x.shape == y.shape, "shapes {} and {} differ", x.shape, y.shape)
-        self._do(cpu_elementwise.add, (x, y), x.data_ptr(), y.data_ptr(), x.numel())
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> fp32 [T, N]."""
-        x = _rows(x)
+        x = self._plain(x)
         (rows, depth), cols = x.shape, weight.shape[0]
-        _expect(weight.shape == (cols, depth), "weight {} for rows of {}", weight.shape, depth)
-        _expect(bias is None or bias.shape == (cols,), "bias must have {} entries", cols)
-        _expect(weight.is_contiguous(), "weights must be contiguous")
-        out = _output(out, (rows, cols))
-        offsets = None if bias is None else _rows(bias)
-        threads = self.threads if rows * depth * cols >= _PARALLEL_WORK else 1
+        expect(weight.shape == (cols, depth), "weight {} for rows of {}", weight.shape, depth)
+        expect(bias is None or bias.shape == (cols,), "bias must have {} entries", cols)
+        expect(weight.is_contiguous(), "weights must be contiguous")
+        out = self._output(out, (rows, cols))
+        offsets = None if bias is None else self._plain(bias)
         self._do(
             cpu_linear.linear,
-            (x, weight, offsets, out),
-            threads,
+            self._threads(rows * depth * cols),
             self._project.address,
             x.data_ptr(),
             weight.data_ptr(),
-            _kind(weight),
+            weight_kind(weight),
             0 if offsets is None else offsets.data_ptr(),
             out.data_ptr(),
             rows,
@@ -176,119 +120,100 @@ class CpuKernels:
         )
         return out
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-        """Root-mean-square norm over the last dimension."""
-        x = _rows(x)
-        depth = x.shape[-1]
-        _expect(weight.shape == (depth,) and weight.is_contiguous(), "weight {} for rows of {}", weight.shape, depth)
-        out = _output(out, x.shape)
-        addresses = (x.data_ptr(), weight.data_ptr(), _kind(weight))
-        sizes = (out.data_ptr(), x.numel() // depth, depth)
-        self._do(cpu_elementwise.rms_norm, (x, weight, out), *addresses, float(eps), *sizes)
+    def head_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """out[t, h] = weight[h] @ x[t, h]; the rows of each head's weight lie together, heads may lie apart."""
+        x = self._plain(x)
+        (rows, heads, depth), cols = x.shape, weight.shape[1]
+        expect(weight.shape == (heads, cols, depth), "weight {} for {} heads of {}", weight.shape, heads, depth)
+        expect(weight.stride()[1:] == (depth, 1), "each head's weight must be contiguous")
+        expect(out.shape == (rows, heads, cols), "out must be {}", (rows, heads, cols))
+        strides = (weight.stride(0) * weight.itemsize, *head_strides(out))
+        weights, sizes = (weight.data_ptr(), weight_kind(weight)), (rows, heads, depth, cols)
+        threads = self._threads(rows * heads * depth * cols)
+        self._do(
+            cpu_mla.head_linear, threads, self._project.address, x.data_ptr(), *weights, out.data_ptr(), sizes, strides
+        )
         return out
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-        """Rotate x [T, heads, D] in place."""
-        rows, heads, depth = x.shape
-        count, half = cos.shape
-        _expect(_is(x, torch.float32) and _is(positions, torch.int32), "x must be fp32, positions int32, contiguous")
-        _expect(_is(cos, torch.float32) and _is(sin, torch.float32) and sin.shape == cos.shape, "cos and sin differ")
-        _expect(
-            2 * half <= depth and positions.shape == (rows,), "{} pairs in {} dimensions of {} rows", half, depth, rows
-        )
-        done = self._do(
-            cpu_elementwise.rope,
-            (x, cos, sin, positions),
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            positions.data_ptr(),
-            rows,
-            heads,
-            depth,
-            half,
-            count,
-        )
-        _expect(done, "positions must be below {}", count)
-
-    def store_kv(self, cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """cache [blocks, block_size, kv_heads, D] viewed as slots; rows [T, kv_heads, D]."""
-        rows = _rows(rows)
-        _expect(_is(cache, torch.float32) and _is(slots, torch.int64), "cache must be fp32, slots int64, contiguous")
-        _expect(rows.shape[1:] == cache.shape[2:] and slots.shape == rows.shape[:1], "rows do not fit the cache")
-        room, depth = cache.shape[0] * cache.shape[1], cache.shape[2] * cache.shape[3]
-        addresses = (cache.data_ptr(), rows.data_ptr(), slots.data_ptr())
-        done = self._do(cpu_elementwise.store_rows, (cache, rows, slots), *addresses, len(slots), depth, room)
-        _expect(done, "slots must be below {}", room)
-
-    def attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        tables: Tensor,
-        sequence: Tensor,
-        positions: Tensor,
-        scale: float,
-        window: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Causal attention of T query rows over the paged cache -> [T, heads * D]."""
-        q = _rows(q)
+    def attention(self, q: Tensor, caches: tuple[Tensor, Tensor], at: Paged, sees: Visibility, out: Tensor) -> Tensor:
+        """Causal attention of T query rows over the paged cache -> out [T, heads * V]."""
+        q, (keys, values) = self._plain(q), caches
         rows, heads, depth = q.shape
-        blocks, block_size, kv_heads, _ = k_cache.shape
-        _expect(_is(k_cache, torch.float32) and _is(v_cache, torch.float32), "caches must be fp32 and contiguous")
-        _expect(k_cache.shape == v_cache.shape and k_cache.shape[3] == depth, "q and the caches do not fit")
-        _expect(heads % kv_heads == 0, "{} heads over {} key-value heads", heads, kv_heads)
-        indices = (tables, sequence, positions)
-        _expect(all(_is(index, torch.int32) for index in indices), "tables, sequence and positions must be int32")
-        _expect(sequence.shape == positions.shape == (rows,), "sequence and positions must have {} entries", rows)
-        out = _output(out, (rows, heads * depth))
-        addresses = tuple(tensor.data_ptr() for tensor in (q, k_cache, v_cache, *indices, out))
-        sizes = (rows, heads, kv_heads, depth, blocks, block_size, *tables.shape)
-        kept = (q, k_cache, v_cache, indices, out)
-        settings = (window, float(scale))
-        done = self._do(cpu_attention.attention, kept, self.threads, self._attend.address, addresses, sizes, *settings)
-        _expect(done, "a row needs a cache block that its table does not name")
+        blocks, block_size, kv_heads, width = values.shape
+        stride = values.stride(2)
+        expect(is_plain(keys, torch.float32) and values.dtype is torch.float32, "caches must be fp32 and contiguous")
+        fits = keys.shape[:3] == values.shape[:3] and keys.shape[3] == depth
+        apart = (block_size * kv_heads * stride, kv_heads * stride, stride, 1)
+        expect(fits and values.stride() == apart, "q and the caches do not fit")
+        expect(heads % kv_heads == 0, "{} heads over {} key-value heads", heads, kv_heads)
+        indices = (at.tables, at.sequence, at.positions)
+        expect(all(is_plain(index, torch.int32) for index in indices), "tables, sequence, positions must be int32")
+        expect(at.sequence.shape == at.positions.shape == (rows,), "sequence, positions must have {} entries", rows)
+        sinks = sees.sinks
+        expect(sinks is None or (is_plain(sinks, torch.float32) and sinks.shape == (heads,)), "sinks must be [heads]")
+        self._output(out, (rows, heads * width))
+        read = tuple(tensor.data_ptr() for tensor in (q, keys, values, *indices))
+        addresses = (*read, 0 if sinks is None else sinks.data_ptr(), out.data_ptr())
+        sizes = (rows, heads, kv_heads, depth, width, stride, blocks, block_size, *at.tables.shape)
+        span = (sees.window, sees.chunk)
+        done = self._do(
+            cpu_attention.attention, self.threads, self._attend.address, addresses, sizes, span, float(sees.scale)
+        )
+        expect(done, "a row needs a cache block that its table does not name")
         return out
 
-    def route(self, x: Tensor, weight: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
+    def route(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        router: RouterSpec,
+        bias: Tensor | None = None,
+        correction: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Gate: (weights fp32 [T, k], ids int32 [T, k]), largest first, ties to the lowest id."""
-        logits = self.linear(x, weight)
+        logits = self.linear(x, weight, bias)
         rows, experts = logits.shape
-        _expect(router.score == "softmax", "gate score {!r}; known is softmax", router.score)
-        _expect(0 < router.top_k <= experts, "top {} of {} experts", router.top_k, experts)
+        expect(router.score in cpu_router.SCORES, "gate score {!r} is unknown", router.score)
+        eligible = experts // router.groups * router.top_groups
+        expect(experts % router.groups == 0 and 0 < router.top_k <= eligible, "top {} of {}", router.top_k, eligible)
+        offsets = None if correction is None else self._plain(correction)
+        expect(offsets is None or offsets.shape == (experts,), "correction must have {} entries", experts)
         weights = torch.empty(rows, router.top_k)
         ids = torch.empty(rows, router.top_k, dtype=torch.int32)
-        cpu_elementwise.choose(
+        self._do(
+            cpu_router.choose,
             logits.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(),
             weights.data_ptr(),
             ids.data_ptr(),
-            rows,
-            experts,
-            router.top_k,
+            (rows, experts, router.top_k, router.groups, router.top_groups),
+            cpu_router.SCORES[router.score],
+            int(router.group_score == "top2"),
             int(router.normalise),
+            float(router.scale),
+            float(router.jitter),
         )
         return weights, ids
 
     def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> CpuExpertTable:
-        """Logical id -> (gate [I, H], up [I, H], down [H, I]), all of one shape and dtype."""
-        addresses = np.zeros((max(experts, default=-1) + 1, 3), np.int64)
+        """Logical id -> (gate [I, H], up [I, H], down [H, I]) alike in shape and dtype, and fp32 biases or none."""
+        addresses = np.zeros((max(experts, default=-1) + 1, 6), np.int64)
         if not experts:
             return CpuExpertTable(addresses, 0, 0, 0, {})
         first = next(iter(experts.values()))[0]
         inner, width = first.shape
-        shapes = ((inner, width), (inner, width), (width, inner))
+        shapes = ((inner, width), (inner, width), (width, inner), (inner,), (inner,), (width,))
         for expert, weights in experts.items():
-            fits = tuple(tuple(weight.shape) for weight in weights) == shapes
-            _expect(
-                fits and all(_is(weight, first.dtype) for weight in weights),
+            fits = len(weights) in (3, 6) and all(w.shape == s for w, s in zip(weights, shapes, strict=False))
+            alike = all(is_plain(weight, first.dtype) for weight in weights[:3])
+            expect(
+                fits and alike and all(is_plain(bias, torch.float32) for bias in weights[3:]),
                 "expert {}: its weights differ in shape or dtype from others",
                 expert,
             )
-            addresses[expert] = [weight.data_ptr() for weight in weights]
+            addresses[expert, : len(weights)] = [weight.data_ptr() for weight in weights]
         tensors = {expert: tuple(weights) for expert, weights in experts.items()}
-        return CpuExpertTable(addresses, _kind(first), width, inner, tensors)
+        return CpuExpertTable(addresses, weight_kind(first), width, inner, tensors)
 
     def experts(
         self, x: Tensor, table: ExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor
@@ -296,73 +221,25 @@ class CpuKernels:
         """Part p is expert ids[p] applied to row tokens[p]; ids ascending; out fp32 [P, H]."""
         if not isinstance(table, CpuExpertTable):
             raise TypeError("the expert table was made by other kernels")
-        x = _rows(x)
+        x = self._plain(x)
         parts = len(ids)
-        _expect(activation in _ACTIVATIONS, "activation {!r}; known are {}", activation, list(_ACTIVATIONS))
-        _expect(_is(tokens, torch.int32) and _is(ids, torch.int32), "tokens and ids must be int32 and contiguous")
-        _expect(tokens.shape == ids.shape, "tokens and ids must have one entry per part")
+        expect(activation in _ACTIVATIONS, "activation {!r}; known are {}", activation, list(_ACTIVATIONS))
+        expect(is_plain(tokens, torch.int32) and is_plain(ids, torch.int32), "tokens and ids must be int32")
+        expect(tokens.shape == ids.shape, "tokens and ids must have one entry per part")
         if parts == 0:
             return out
-        _expect(x.shape[1] == table.hidden, "rows of {} for experts of {}", x.shape[1], table.hidden)
-        _output(out, (parts, table.hidden))
+        expect(x.shape[1] == table.hidden, "rows of {} for experts of {}", x.shape[1], table.hidden)
+        self._output(out, (parts, table.hidden))
         tensors = (x.data_ptr(), tokens.data_ptr(), ids.data_ptr())
         addresses = (*tensors, table.addresses.ctypes.data, out.data_ptr())
         sizes = (x.shape[0], table.hidden, table.expert_hidden, parts, len(table.addresses))
-        work = 3 * parts * table.hidden * table.expert_hidden
-        threads = self.threads if work >= _PARALLEL_WORK else 1
+        threads = self._threads(3 * parts * table.hidden * table.expert_hidden)
         done = self._do(
-            cpu_experts.experts,
-            (x, tokens, ids, table, out),
-            threads,
-            self._project.address,
-            addresses,
-            sizes,
-            table.kind,
-            _ACTIVATIONS[activation],
+            cpu_experts.experts, threads, self._project.address, addresses, sizes, table.kind, _ACTIVATIONS[activation]
         )
-        _expect(done, "ids must be ascending and resident, tokens must be rows of x")
+        expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out
 
-    def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
-        """out [T, H] += sum over j of weights[t, j] * rows[source[t, j]][index[t, j]]."""
-        count, depth = out.shape
-        _output(out, (count, depth))
-        shape = (count, source.shape[1])
-        _expect(source.shape == index.shape == weights.shape == shape, "source, index and weights must be [T, k]")
-        _expect(_is(source, torch.int32) and _is(index, torch.int32), "source and index must be int32")
-        _expect(_is(weights, torch.float32), "weights must be fp32")
-        for part in rows:
-            _expect(_is(part, torch.float32) and part.shape[1] == depth, "parts must be fp32 rows of {}", depth)
-        parts = np.array([(part.data_ptr(), len(part)) for part in rows], np.int64).reshape(-1, 2)
-        done = cpu_elementwise.combine(
-            out.data_ptr(), parts, source.data_ptr(), index.data_ptr(), weights.data_ptr(), *shape, depth
-        )
-        _expect(done, "source and index must name rows that were given")
-
-
-def _expect(condition: bool, problem: str, *values: object) -> None:
-    """Raise ValueError with ``problem`` (a format string: nothing is formatted while all is well)."""
-    if not condition:
-        raise ValueError(problem.format(*values))
-
-
-def _is(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype is dtype and tensor.is_contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` as contiguous fp32; itself when it is that already."""
-    return x if _is(x, torch.float32) else x.float().contiguous()
-
-
-def _output(out: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    if out is None:
-        return torch.empty(shape)
-    _expect(_is(out, torch.float32) and out.shape == shape, "out must be contiguous fp32 {}", shape)
-    return out
-
-
-def _kind(weight: Tensor) -> int:
-    if weight.dtype not in _KINDS:
-        raise TypeError(f"weights must be fp32, bf16 or fp16, not {weight.dtype}")
-    return _KINDS[weight.dtype]
+    def _threads(self, work: int) -> int:
+        """Threads for so many multiplications."""
+        return self.threads if work >= _PARALLEL_WORK else 1

@@ -1,4 +1,4 @@
-"""Kernels on CPU that treat rows one by one: norm, rotation, cache writes, gate scores, combine.
+"""Kernels on CPU that treat rows one by one: norms, rotation, cache writes, combine, and plain arithmetic.
 
 Loops are plain IEEE arithmetic without reassociation, so that LLVM may vectorise them and keep the bits; the only
 reductions are the fixed-order ones of ``tiles``.
@@ -17,17 +17,15 @@ from shared.kernels.jit import (
     I64,
     KIND_BF16,
     KIND_FP32,
-    arguments,
-    float_of,
     helper,
     kernel,
     view1,
     view2,
-    view3,
 )
 from shared.kernels.tiles import bits_of, from_bits, lane_max, lane_sum, widen
 
-SILU, GELU, GELU_TANH = 0, 1, 2
+SILU, GELU, GELU_TANH, CLAMPED_SWIGLU = 0, 1, 2, 3
+_LIMIT, _ALPHA = np.float32(7.0), np.float32(1.702)  # of gpt-oss's activation
 _MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, which is then in the low bits
 _LOG2E = np.float32(1.44269504088896341)
 _LN2_HIGH = np.float32(0.693359375)
@@ -69,6 +67,10 @@ def activate(gate, up, kind):
             x = gate[k]
             u = _GELU_A * (x + _GELU_B * x * x * x)
             gate[k] = x / (_ONE + exp(-_TWO * u)) * up[k]
+    elif kind == CLAMPED_SWIGLU:
+        for k in range(len(gate)):
+            x, y = min(gate[k], _LIMIT), max(-_LIMIT, min(up[k], _LIMIT))
+            gate[k] = x / (_ONE + exp(-_ALPHA * x)) * (y + _ONE)
     else:
         for k in range(len(gate)):
             x = gate[k]
@@ -82,6 +84,16 @@ def softmax(row, n, scale):
     for k in range(n):
         row[k] = exp((row[k] - largest) * scale)
     return lane_sum(row, n)
+
+
+@helper
+def softmax_beside(row, n, scale, sink):
+    """``softmax`` in which a score that is not in the row, ``sink`` (scaled already), takes its share of the sum."""
+    largest, other = lane_max(row, n), sink / scale
+    largest = other if other > largest else largest
+    for k in range(n):
+        row[k] = exp((row[k] - largest) * scale)
+    return lane_sum(row, n) + exp((other - largest) * scale)
 
 
 @helper
@@ -121,42 +133,110 @@ def take(table, kind, ids, out, rows, depth, count):
 
 
 @kernel
-def add(x, y, n):
-    """x += y for n fp32."""
-    left, right = view1(x, n, FP32), view1(y, n, FP32)
+def add(x, y, n, scale):
+    """x += scale * y for n fp32."""
+    left, right, factor = view1(x, n, FP32), view1(y, n, FP32), np.float32(scale)
     for k in range(n):
-        left[k] += right[k]
-    return True
+        left[k] += factor * right[k]
 
 
 @kernel
-def rms_norm(x, weight, kind, eps, y, rows, depth):
-    """y = x / sqrt(mean(x**2) + eps) * weight; x and y fp32 [rows, depth], weight [depth] of any kind."""
-    inputs, outputs = view2(x, rows, depth, FP32), view2(y, rows, depth, FP32)
-    weights, squares = _widened(weight, kind, depth), np.empty(depth, np.float32)
+def gated_add(x, y, gate, rows, depth):
+    """x[t] += sigmoid(gate[t]) * y[t]; fp32 [rows, depth] and [rows]."""
+    left, right, gates = view2(x, rows, depth, FP32), view2(y, rows, depth, FP32), view1(gate, rows, FP32)
     for t in range(rows):
+        factor = _ONE / (_ONE + exp(-gates[t]))
         for k in range(depth):
-            squares[k] = inputs[t, k] * inputs[t, k]
-        factor = _ONE / np.sqrt(lane_sum(squares, depth) / np.float32(depth) + np.float32(eps))
-        for k in range(depth):
-            outputs[t, k] = inputs[t, k] * factor * weights[k]
-    return True
+            left[t, k] += factor * right[t, k]
 
 
 @kernel
-def rope(x, cos, sin, positions, rows, heads, depth, half, count):
-    """Rotate pairs (d, d + half) of x [rows, heads, depth]; cos, sin [count, half]; positions int32 [rows]."""
-    values, at = view3(x, rows, heads, depth, FP32), view1(positions, rows, I32)
+def scale(x, n, factor):
+    """x *= factor for n fp32."""
+    values, by = view1(x, n, FP32), np.float32(factor)
+    for k in range(n):
+        values[k] *= by
+
+
+@kernel
+def scale_rows(x, factors, index, rows, depth, count):
+    """x[t] *= factors[index[t]]; x fp32 [rows, depth], factors fp32 [count], index int32 [rows]."""
+    values, by, at = view2(x, rows, depth, FP32), view1(factors, count, FP32), view1(index, rows, I32)
     if not _within(at, count):
         return False
+    for t in range(rows):
+        for k in range(depth):
+            values[t, k] *= by[at[t]]
+    return True
+
+
+@kernel
+def clip(x, n, limit):
+    """Bound n fp32 to -limit .. limit."""
+    values, most = view1(x, n, FP32), np.float32(limit)
+    for k in range(n):
+        values[k] = max(-most, min(values[k], most))
+
+
+@kernel
+def copy(x, x_row, x_head, y, y_row, y_head, rows, heads, depth):
+    """y = x for fp32 [rows, heads, depth] whose rows and heads lie so many elements apart."""
+    for t in range(rows):
+        for h in range(heads):
+            source = view1(x + (t * x_row + h * x_head) * 4, depth, FP32)
+            target = view1(y + (t * y_row + h * y_head) * 4, depth, FP32)
+            for d in range(depth):
+                target[d] = source[d]
+
+
+@kernel
+def rms_norm(x, x_row, weight, kind, eps, y, y_row, rows, depth):
+    """y = x / sqrt(mean(x**2) + eps) * weight; fp32 rows so many elements apart, weight [depth] of any kind."""
+    weights, squares = _widened(weight, kind, depth), np.empty(depth, np.float32)
+    for t in range(rows):
+        inputs, outputs = view1(x + t * x_row * 4, depth, FP32), view1(y + t * y_row * 4, depth, FP32)
+        for k in range(depth):
+            squares[k] = inputs[k] * inputs[k]
+        factor = _ONE / np.sqrt(lane_sum(squares, depth) / np.float32(depth) + np.float32(eps))
+        for k in range(depth):
+            outputs[k] = inputs[k] * factor * weights[k]
+
+
+@kernel
+def layer_norm(x, weight, bias, kind, eps, y, rows, depth):
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias; fp32 [rows, depth], weight, bias [depth] of a kind."""
+    inputs, outputs = view2(x, rows, depth, FP32), view2(y, rows, depth, FP32)
+    weights, offsets = _widened(weight, kind, depth), _widened(bias, kind, depth)
+    centred, squares = np.empty(depth, np.float32), np.empty(depth, np.float32)
+    for t in range(rows):
+        mean = lane_sum(inputs[t], depth) / np.float32(depth)
+        for k in range(depth):
+            centred[k] = inputs[t, k] - mean
+            squares[k] = centred[k] * centred[k]
+        factor = _ONE / np.sqrt(lane_sum(squares, depth) / np.float32(depth) + np.float32(eps))
+        for k in range(depth):
+            outputs[t, k] = centred[k] * factor * weights[k] + offsets[k]
+
+
+@kernel
+def rope(x, x_row, x_head, cos, sin, positions, sizes, interleaved):
+    """Rotate pairs (d, d + half), or (2 d, 2 d + 1), of fp32 x [rows, heads, ..] whose rows and heads lie so many
+    elements apart; sizes: rows, heads, half, count; cos, sin [count, half]; positions int32 [rows].
+    """
+    rows, heads, half, count = sizes
+    at = view1(positions, rows, I32)
+    if not _within(at, count):
+        return False
+    step, apart = (2, 1) if interleaved else (1, half)
     for t in range(rows):
         c = view1(cos + at[t] * half * 4, half, FP32)
         s = view1(sin + at[t] * half * 4, half, FP32)
         for h in range(heads):
+            values = view1(x + (t * x_row + h * x_head) * 4, 2 * half, FP32)
             for d in range(half):
-                a, b = values[t, h, d], values[t, h, d + half]
-                values[t, h, d] = a * c[d] - b * s[d]
-                values[t, h, d + half] = b * c[d] + a * s[d]
+                a, b = values[d * step], values[d * step + apart]
+                values[d * step] = a * c[d] - b * s[d]
+                values[d * step + apart] = b * c[d] + a * s[d]
     return True
 
 
@@ -171,29 +251,6 @@ def store_rows(cache, rows, slots, count, depth, room):
         for k in range(depth):
             target[k] = source[t, k]
     return True
-
-
-@kernel
-def choose(logits, weights, ids, rows, experts, top_k, normalise):
-    """Softmax over fp32 logits [rows, experts] (destroyed), then the top_k largest, ties to the lowest id."""
-    scores = view2(logits, rows, experts, FP32)
-    chosen, numbers = view2(weights, rows, top_k, FP32), view2(ids, rows, top_k, I32)
-    for t in range(rows):
-        row = scores[t]
-        total = softmax(row, experts, _ONE)
-        for e in range(experts):
-            row[e] /= total
-        kept = np.float32(0)
-        for j in range(top_k):
-            best = -1
-            for e in range(experts):
-                if row[e] != -np.inf and (best < 0 or row[e] > row[best]):
-                    best = e
-            chosen[t, j], numbers[t, j] = row[best], best
-            kept += row[best]
-            row[best] = -np.inf
-        for j in range(top_k if normalise else 0):
-            chosen[t, j] /= kept
 
 
 @kernel
@@ -220,24 +277,3 @@ def combine(out, parts, source, index, weights, rows, k, depth):
         for d in range(depth):
             target[t, d] += total[d]
     return True
-
-
-def take_operation(at):
-    return np.int64(take(*arguments(at, 7)))
-
-
-def add_operation(at):
-    return np.int64(add(*arguments(at, 3)))
-
-
-def rms_norm_operation(at):
-    x, weight, kind, eps, y, rows, depth = arguments(at, 7)
-    return np.int64(rms_norm(x, weight, kind, float_of(eps), y, rows, depth))
-
-
-def rope_operation(at):
-    return np.int64(rope(*arguments(at, 9)))
-
-
-def store_rows_operation(at):
-    return np.int64(store_rows(*arguments(at, 6)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.kernels.cpu_elementwise import activate
 from shared.kernels.cpu_linear import item_columns, item_count, item_width, new_block, new_columns, new_panel, sequence
-from shared.kernels.jit import FP32, I32, I64, arguments, call, helper, parallel_kernel, take_next, view1, view2
+from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, take_next, view1, view2
 
 
 @helper
@@ -36,6 +36,15 @@ def _take_item(counter, starts, cols, width, columns):
 
 
 @helper
+def _add_bias(block, rows, address, cols, columns, count):
+    """Add what belongs to these columns of a bias (fp32 at an address; 0: none) to rows of their products."""
+    bias = view1(address, cols, FP32)
+    for r in range(rows if address else 0):
+        for n in range(count):
+            block[r, n] += bias[columns[n]]
+
+
+@helper
 def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, hidden, width):
     """hidden[p] = activation(gate x) * (up x) for every part p."""
     depth, cols = x.shape[1], hidden.shape[1]
@@ -54,6 +63,8 @@ def _gate_up(counter, project, x, tokens, ids, starts, table, kind, activation, 
         expert, numbers = ids[a], tokens[a:b]
         call(project, (x, numbers, b - a, table[expert, 0], kind, columns, count, depth, panel, gates, stride))
         call(project, (x, numbers, b - a, table[expert, 1], kind, columns, count, depth, panel, ups, stride))
+        _add_bias(gates, b - a, table[expert, 3], cols, columns, count)
+        _add_bias(ups, b - a, table[expert, 4], cols, columns, count)
         for r in range(b - a):
             activate(gates[r, :count], ups[r], activation)
             for n in range(count):
@@ -72,6 +83,7 @@ def _down(counter, project, hidden, numbers, ids, starts, table, kind, out, widt
         a, b = starts[segment], starts[segment + 1]
         down = table[ids[a], 2]
         call(project, (hidden, numbers[a:b], b - a, down, kind, columns, count, depth, panel, block, block.shape[1]))
+        _add_bias(block, b - a, table[ids[a], 5], cols, columns, count)
         for r in range(b - a):
             for n in range(count):
                 out[a + r, columns[n]] = block[r, n]
@@ -91,13 +103,13 @@ def _valid(tokens, ids, rows, table):
 def experts(threads, project, addresses, sizes, kind, activation):
     """See ``Kernels.experts``. Returns False, having written nothing, when an id or a token is not valid.
 
-    addresses: x, tokens, ids, table (int64 [experts, 3], 0 = not resident), out; sizes: rows, hidden, expert_hidden,
-    parts (at least 1), experts.
+    addresses: x, tokens, ids, table (int64 [experts, 6]: gate, up, down, 0 = not resident; their biases, 0 = none),
+    out; sizes: rows, hidden, expert_hidden, parts (at least 1), experts.
     """
     rows, width, inner, count, known = sizes
     x, out = view2(addresses[0], rows, width, FP32), view2(addresses[4], count, width, FP32)
     tokens, ids = view1(addresses[1], count, I32), view1(addresses[2], count, I32)
-    table = view2(addresses[3], known, 3, I64)
+    table = view2(addresses[3], known, 6, I64)
     if not _valid(tokens, ids, rows, table):
         return False
     starts, parts = _segments(ids), sequence(count)
@@ -112,8 +124,3 @@ def experts(threads, project, addresses, sizes, kind, activation):
         for _ in numba.prange(threads):
             _down(second, project, hidden, parts, ids, starts, table, kind, out, narrow)
     return True
-
-
-def experts_operation(at):
-    a = arguments(at, 14)
-    return np.int64(experts(a[0], a[1], a[2:7], a[7:12], a[12], a[13]))

@@ -13,7 +13,6 @@ from shared.kernels.jit import (
     I32,
     KIND_BF16,
     KIND_FP32,
-    arguments,
     call,
     helper,
     parallel_kernel,
@@ -155,8 +154,3 @@ def linear(threads, project, x, w, kind, bias, y, rows, depth, cols):
     else:
         for _ in numba.prange(threads):
             _items(counter, project, x, w, kind, bias, y, rows, depth, cols, width)
-    return True
-
-
-def linear_operation(at):
-    return np.int64(linear(*arguments(at, 10)))

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared.kernels.base import ExpertTable, T
+from shared.kernels.base import ExpertTable, Paged, T, Visibility
+from shared.kernels.reference_router import choose
 from shared.models.spec import RouterSpec
+
+SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
+"""Of gpt-oss's activation."""
 
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """Expert weights as they were given: logical id -> (gate, up, down)."""
+    """Expert weights as they were given: logical id -> gate, up, down, and their biases if there are any."""
 
     weights: dict[int, Sequence[Tensor]]
 
@@ -25,19 +29,22 @@ class ReferenceTable:
         return frozenset(self.weights)
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """silu, gelu (erf form) or gelu_pytorch_tanh. Raises ValueError for any other name."""
+def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up for silu, gelu (erf form), gelu_pytorch_tanh; gpt-oss's clamped_swiglu. Else ValueError."""
     if activation == "silu":
-        return functional.silu(x)
+        return functional.silu(gate) * up
     if activation == "gelu":
-        return functional.gelu(x)
+        return functional.gelu(gate) * up
     if activation == "gelu_pytorch_tanh":
-        return functional.gelu(x, approximate="tanh")
-    raise ValueError(f"unknown activation {activation!r}; known are silu, gelu and gelu_pytorch_tanh")
+        return functional.gelu(gate, approximate="tanh") * up
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+    raise ValueError(f"unknown activation {activation!r}")
 
 
 class ReferenceKernels:
-    """``Kernels`` for any device. Activations keep their dtype; norms, softmax and the gate's softmax are fp32."""
+    """``Kernels`` for any device. Activations keep their dtype; norms, softmax and the gate are fp32."""
 
     def record(self, call: Callable[[], T]) -> Callable[[], T]:
         """Nothing is written down: ``call`` itself does it again."""
@@ -46,12 +53,30 @@ class ReferenceKernels:
     def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
         return out.copy_(table.index_select(0, ids))
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        x += y.to(x.dtype)
+    def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+        x += scale * y.to(x.dtype)
+
+    def gated_add(self, x: Tensor, y: Tensor, gate: Tensor) -> None:
+        x += (gate.float().sigmoid() * y.float()).to(x.dtype)
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        x *= factor
+
+    def scale_rows(self, x: Tensor, factors: Tensor, index: Tensor) -> None:
+        x *= factors[index.long()].view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+
+    def clip(self, x: Tensor, limit: float) -> None:
+        x.clamp_(-limit, limit)
+
+    def copy(self, x: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(x)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         y = functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y if out is None else out.copy_(y)
+
+    def head_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(torch.einsum("thk,hnk->thn", x, weight.to(x.dtype)))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         wide = x.float()
@@ -59,43 +84,45 @@ class ReferenceKernels:
         y = (y.to(x.dtype) * weight.to(x.dtype)).to(x.dtype)
         return y if out is None else out.copy_(y)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        y = functional.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+        return y if out is None else out.copy_(y)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False) -> None:
         half = cos.shape[1]
         c, s = (table[positions.long()].unsqueeze(1) for table in (cos, sin))
-        first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-        x[..., : 2 * half] = torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(x.dtype)
+        firsts, seconds = (
+            (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+        )
+        first, second = x[..., firsts].float(), x[..., seconds].float()
+        rotated = first * c - second * s, second * c + first * s
+        x[..., firsts], x[..., seconds] = (part.to(x.dtype) for part in rotated)
 
     def store_kv(self, cache: Tensor, rows: Tensor, slots: Tensor) -> None:
         cache.view(-1, *cache.shape[2:])[slots] = rows.to(cache.dtype)
 
-    def attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        tables: Tensor,
-        sequence: Tensor,
-        positions: Tensor,
-        scale: float,
-        window: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        rows_out = torch.empty_like(q) if out is None else out.view(q.shape)
-        for s in sequence.unique().tolist():
-            rows = (sequence == s).nonzero().squeeze(1)
-            at = positions[rows].long()
-            last = int(at.max()) + 1
-            blocks = tables[s, : -(-last // k_cache.shape[1])].long()
-            k, v = (cache[blocks].flatten(0, 1)[:last] for cache in (k_cache, v_cache))
-            rows_out[rows] = _attend(q[rows], k.to(q.dtype), v.to(q.dtype), at, scale, window)
-        return rows_out.flatten(1)
+    def attention(self, q: Tensor, caches: tuple[Tensor, Tensor], at: Paged, sees: Visibility, out: Tensor) -> Tensor:
+        keys, values = caches
+        mixed = out.view(len(q), q.shape[1], values.shape[3])
+        for s in at.sequence.unique().tolist():
+            rows = (at.sequence == s).nonzero().squeeze(1)
+            positions = at.positions[rows].long()
+            last = int(positions.max()) + 1
+            blocks = at.tables[s, : -(-last // keys.shape[1])].long()
+            k, v = (cache[blocks].flatten(0, 1)[:last] for cache in (keys, values))
+            mixed[rows] = _attend(q[rows], k, v, positions, sees).to(mixed.dtype)
+        return out
 
-    def route(self, x: Tensor, weight: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
-        scores = functional.linear(x, weight.to(x.dtype)).float().softmax(-1)
-        order = scores.sort(dim=-1, descending=True, stable=True)
-        weights, ids = order.values[:, : router.top_k], order.indices[:, : router.top_k]
-        if router.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
+    def route(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        router: RouterSpec,
+        bias: Tensor | None = None,
+        correction: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        logits = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        weights, ids = choose(logits, router, correction)
         return weights.contiguous(), ids.int().contiguous()
 
     def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> ReferenceTable:
@@ -107,11 +134,12 @@ class ReferenceKernels:
         if not isinstance(table, ReferenceTable):
             raise TypeError("the expert table was made by other kernels")
         for expert in ids.unique().tolist():
-            gate, up, down = (weight.to(x.dtype) for weight in table.weights[expert])
+            gate, up, down, *biases = (weight.to(x.dtype) for weight in table.weights[expert])
+            b_gate, b_up, b_down = biases or (None, None, None)
             parts = (ids == expert).nonzero().squeeze(1)
             rows = x[tokens[parts].long()]
-            hidden = activate(functional.linear(rows, gate), activation) * functional.linear(rows, up)
-            out[parts] = functional.linear(hidden, down).to(out.dtype)
+            hidden = activate(functional.linear(rows, gate, b_gate), functional.linear(rows, up, b_up), activation)
+            out[parts] = functional.linear(hidden, down, b_down).to(out.dtype)
         return out
 
     def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -124,14 +152,20 @@ class ReferenceKernels:
         out += total.to(out.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
-    """One sequence: q [R, heads, D] at ``positions`` over k, v [P, kv_heads, D] -> [R, heads, D]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sees: Visibility) -> Tensor:
+    """One sequence: q [R, heads, D] at ``positions`` over k [P, kv_heads, D], v [P, kv_heads, V] -> [R, heads, V]."""
     group = q.shape[1] // k.shape[1]
-    k, v = (rows.repeat_interleave(group, dim=1) for rows in (k, v))
-    scores = torch.einsum("rhd,phd->hrp", q.float(), k.float()) * scale
-    cache = torch.arange(k.shape[0], device=q.device)
-    hidden = cache > positions[:, None]
-    if window:
-        hidden |= cache <= positions[:, None] - window
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("hrp,phd->rhd", weights, v.float()).to(q.dtype)
+    k, v = (rows.float().repeat_interleave(group, dim=1) for rows in (k, v))
+    scores = torch.einsum("rhd,phd->hrp", q.float(), k) * sees.scale
+    cache, at = torch.arange(k.shape[0], device=q.device), positions[:, None]
+    hidden = cache > at
+    if sees.window:
+        hidden |= cache <= at - sees.window
+    if sees.chunk:
+        hidden |= cache // sees.chunk != at // sees.chunk
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sees.sinks is not None:
+        sinks = sees.sinks.float()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[0]]
+    return torch.einsum("hrp,phd->rhd", weights, v)

@@ -1,4 +1,4 @@
-"""Everything of a model but its routed experts: embedding, attention, norms, dense feed-forwards, head.
+"""Everything of a model but its routed experts: embedding, attention, norms, dense and shared feed-forwards, head.
 
 Works on flattened rows of many sequences over a paged KV cache; knows no requests and no services. T = rows of a step,
 H = hidden size, R = rows whose logits are wanted.
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.kernels.base import Kernels
+from shared.kernels.base import ExpertTable, Kernels, Paged
+from shared.models.attention import Attention, GroupedAttention, LatentAttention, temperature_table
 from shared.models.layout import decoder_roles, outer_roles
 from shared.models.loader import Checkpoint
 from shared.models.rope import rope_tables
 from shared.models.scratch import Scratch
-from shared.models.spec import AttentionSpec, LayerSpec, RopeSpec
+from shared.models.spec import LayerSpec
 
 
 @dataclass
@@ -36,10 +37,14 @@ class StepInput:
     logit_rows: Tensor
     """int64 [R]"""
 
+    @property
+    def at(self) -> Paged:
+        return Paged(self.tables, self.sequence, self.positions)
+
 
 @dataclass
 class KvCache:
-    """One [blocks, block_size, kv_heads, head_dim] tensor per layer."""
+    """Per layer [blocks, block_size, kv_heads, width]; in latent attention values are a view of the keys."""
 
     k: list[Tensor]
     v: list[Tensor]
@@ -54,30 +59,31 @@ class Decoder:
         """Loads weights (views of the mapped file on CPU). ``dtype`` is that of the cache, and of weights off CPU."""
         spec = checkpoint.spec
         self.spec, self.kernels, self.device, self.dtype = spec, kernels, device, dtype
+        self.scratch = Scratch(device)
         self.outer = {role: checkpoint.load(role, 0, 0, device, dtype) for role in outer_roles(spec)}
         self.layers = [
             {role: checkpoint.load(role, layer.index, 0, device, dtype) for role in decoder_roles(spec, layer)}
             for layer in spec.layers
         ]
-        self.dense_tables = {
-            layer.index: kernels.expert_table({0: [weights[f"dense_{part}"] for part in ("gate", "up", "down")]})
-            for layer, weights in zip(spec.layers, self.layers, strict=True)
-            if not layer.moe
-        }
-        self.scratch = Scratch(device)
-        ropes: set[RopeSpec] = {layer.attention.rope for layer in spec.layers}
-        self.rope = {rope: rope_tables(rope, max_positions, device) for rope in ropes}
+        ropes = {layer.attention.rope for layer in spec.layers} - {None}
+        self.rope = {rope: rope_tables(rope, max_positions, device) for rope in ropes if rope is not None}
+        self.attention = [
+            self._attention(layer, w, max_positions) for layer, w in zip(spec.layers, self.layers, strict=True)
+        ]
+        self.feed_forwards = [self._feed_forward(w) for w in self.layers]
 
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         """Zeroed, because a masked row of garbage may hold NaN, which no mask multiplies away."""
-        shapes = [(blocks, block_size, *_kv_shape(layer)) for layer in self.spec.layers]
-        k, v = ([_zeros(shape, self.dtype, self.device) for shape in shapes] for _ in range(2))
-        return KvCache(k, v)
+
+        def make(heads: int, width: int) -> Tensor:
+            return _zeros((blocks, block_size, heads, width), self.dtype, self.device)
+
+        k, v = zip(*(attention.new_cache(make) for attention in self.attention), strict=True)
+        return KvCache(list(k), list(v))
 
     def bytes_per_block(self, block_size: int) -> int:
-        """Bytes of K and V over all layers for ``block_size`` tokens."""
-        per_token = sum(heads * dim for heads, dim in map(_kv_shape, self.spec.layers))
-        return 2 * block_size * per_token * self.dtype.itemsize
+        """Bytes of the cache over all layers for ``block_size`` tokens."""
+        return block_size * sum(attention.width() for attention in self.attention) * self.dtype.itemsize
 
     def new_rows(self, count: int) -> Tensor:
         """Room for a residual stream [count, H]."""
@@ -86,62 +92,77 @@ class Decoder:
 
     def embed(self, step: StepInput, out: Tensor) -> Tensor:
         """out [T, H] = the residual stream before the first layer."""
-        return self.kernels.take(self.outer["embed"], step.tokens, out)
+        self.kernels.take(self.outer["embed"], step.tokens, out)
+        if self.spec.embed_scale != 1.0:
+            self.kernels.scale(out, self.spec.embed_scale)
+        return out
 
     def attend(self, layer: int, x: Tensor, step: StepInput, cache: KvCache, out: Tensor) -> None:
         """x [T, H] += attention of ``layer``; out [T, H] = the post-attention norm of x, what experts read."""
-        a, w, kernels = self.spec.layers[layer].attention, self.layers[layer], self.kernels
-        normed = self._room("normed", x, self.spec.hidden)
-        kernels.rms_norm(x, w["input_norm"], self.spec.norm_eps, out=normed)
-        q = self._heads(normed, w, "q", a, a.heads, step.positions)
-        kernels.store_kv(cache.k[layer], self._heads(normed, w, "k", a, a.kv_heads, step.positions), step.slots)
-        v = self._project(normed, w, "v")
-        kernels.store_kv(cache.v[layer], v.view(-1, a.kv_heads, a.head_dim), step.slots)
-        mixed = self._room("mixed", x, a.heads * a.head_dim)
-        rows = (step.tables, step.sequence, step.positions)
-        kernels.attention(q, cache.k[layer], cache.v[layer], *rows, a.scale, a.window, out=mixed)
-        kernels.add(x, self._project(mixed, w, "o"))
-        kernels.rms_norm(x, w["post_norm"], self.spec.norm_eps, out=out)
+        w = self.layers[layer]
+        normed = self.scratch.rows("normed", len(x), self.spec.hidden, x.dtype)
+        self._norm(x, w, "input_norm", normed)
+        attended = self.attention[layer].run(normed, step.at, step.slots, (cache.k[layer], cache.v[layer]))
+        self.kernels.add(x, attended, self.spec.residual_scale)
+        self._norm(x, w, "post_norm", out)
 
     def dense(self, layer: int, rows: Tensor, x: Tensor) -> None:
-        """x [T, H] += the feed-forward of a layer without experts, applied to ``rows`` (out of ``attend``).
+        """x [T, H] += the feed-forward of a layer without experts, applied to ``rows`` (out of ``attend``)."""
+        self.kernels.add(x, self._fed(layer, rows), self.spec.residual_scale)
 
-        Runs as a single expert that every row chooses, so that it has the experts' fixed order of operations.
+    def shared(self, layer: int, rows: Tensor, x: Tensor) -> None:
+        """x [T, H] += the shared experts of a layer with experts, if it has any, applied to ``rows``.
+
+        Needs nothing of the routed experts, so it may run while they compute; before their parts are added.
         """
-        tokens = torch.arange(len(rows), dtype=torch.int32, device=self.device)
-        parts = self.scratch.rows("parts", len(rows), self.spec.hidden, torch.float32)
-        table = self.dense_tables[layer]
-        self.kernels.experts(rows, table, tokens, torch.zeros_like(tokens), self.spec.activation, parts)
-        self.kernels.add(x, parts)
+        if not self.spec.shared_hidden:
+            return
+        parts = self._fed(layer, rows)
+        if self.spec.shared_gate:
+            gate = self.scratch.rows("gate", len(rows), 1, rows.dtype)
+            self.kernels.linear(rows, self.layers[layer]["shared_router"], out=gate)
+            self.kernels.gated_add(x, parts, gate)
+        else:
+            self.kernels.add(x, parts, self.spec.residual_scale)
 
     def logits(self, x: Tensor, step: StepInput) -> Tensor:
         """fp32 [R, vocab]"""
-        rows = self._room("chosen", x, self.spec.hidden, len(step.logit_rows))
+        rows = self.scratch.rows("chosen", len(step.logit_rows), self.spec.hidden, x.dtype)
         self.kernels.take(x, step.logit_rows, rows)
-        self.kernels.rms_norm(rows, self.outer["norm"], self.spec.norm_eps, out=rows)
-        return self.kernels.linear(rows, self.outer["embed" if self.spec.tied_head else "head"]).float()
+        self._norm(rows, self.outer, "norm", rows)
+        if self.spec.logit_scale != 1.0:
+            self.kernels.scale(rows, self.spec.logit_scale)
+        head = self.outer["embed" if self.spec.tied_head else "head"]
+        return self.kernels.linear(rows, head, self.outer.get("head_bias")).float()
 
-    def _room(self, name: str, x: Tensor, width: int, rows: int | None = None) -> Tensor:
-        """Scratch of the residual stream's dtype, one row per row of x unless said otherwise."""
-        return self.scratch.rows(name, len(x) if rows is None else rows, width, x.dtype)
+    def _norm(self, x: Tensor, weights: dict[str, Tensor], role: str, out: Tensor) -> None:
+        if self.spec.layer_norm:
+            self.kernels.layer_norm(x, weights[role], weights[f"{role}_bias"], self.spec.norm_eps, out=out)
+        else:
+            self.kernels.rms_norm(x, weights[role], self.spec.norm_eps, out=out)
 
-    def _project(self, rows: Tensor, w: dict[str, Tensor], role: str) -> Tensor:
-        out = self._room(role, rows, w[role].shape[0])
-        return self.kernels.linear(rows, w[role], w.get(f"{role}_bias"), out=out)
+    def _fed(self, layer: int, rows: Tensor) -> Tensor:
+        """A gated feed-forward [T, H]: a single expert that every row chooses, for the experts' order of operations."""
+        table = self.feed_forwards[layer]
+        assert table is not None  # layers have one or the other
+        parts = self.scratch.rows("parts", len(rows), self.spec.hidden, torch.float32)
+        return self.kernels.experts(rows, table, *self.scratch.everyone(len(rows)), self.spec.activation, parts)
 
-    def _heads(
-        self, normed: Tensor, w: dict[str, Tensor], role: str, a: AttentionSpec, heads: int, positions: Tensor
-    ) -> Tensor:
-        """q or k: projected, normed per head and rotated, [T, heads, head_dim]."""
-        rows = self._project(normed, w, role).view(-1, heads, a.head_dim)
-        if a.qk_norm:
-            self.kernels.rms_norm(rows, w[f"{role}_norm"], self.spec.norm_eps, out=rows)
-        self.kernels.rope(rows, *self.rope[a.rope], positions)
-        return rows
+    def _attention(self, layer: LayerSpec, w: dict[str, Tensor], max_positions: int) -> Attention:
+        a = layer.attention
+        rotation = None if a.rope is None else self.rope[a.rope]
+        if a.latent is not None:
+            assert rotation is not None  # latent attention always has positions
+            return LatentAttention(a, a.latent, w, self.kernels, self.scratch, self.spec.norm_eps, rotation)
+        warmth = None if a.temperature is None else temperature_table(a.temperature, max_positions, self.device)
+        return GroupedAttention(a, w, self.kernels, self.scratch, self.spec.norm_eps, rotation, warmth)
 
-
-def _kv_shape(layer: LayerSpec) -> tuple[int, int]:
-    return layer.attention.kv_heads, layer.attention.head_dim
+    def _feed_forward(self, w: dict[str, Tensor]) -> ExpertTable | None:
+        """What every row of a layer goes through on this side: dense or shared."""
+        for prefix in ("dense", "shared"):
+            if f"{prefix}_gate" in w:
+                return self.kernels.expert_table({0: [w[f"{prefix}_{part}"] for part in ("gate", "up", "down")]})
+        return None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

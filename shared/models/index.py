@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, TypeAdapter
 
 from shared.errors import ModelError
+from shared.models.layout import Expected
+from shared.models.packed import FP8, SCALE_SUFFIX
 
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-"""Dtypes that can be served, by their safetensors names."""
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
+"""Dtypes that can be read, by their safetensors names."""
 _SINGLE = "model.safetensors"
 _SHARDED = "model.safetensors.index.json"
 
@@ -69,20 +71,34 @@ def read_index(directory: Path) -> dict[str, TensorInfo]:
     raise ModelError(str(directory), problem)
 
 
-def check_tensors(index: Mapping[str, TensorInfo], expected: Iterable[tuple[str, tuple[int, ...]]], where: str) -> None:
-    """Raises ModelError unless every expected (name, shape) is there with a dtype that can be served."""
-    wanted = dict(expected)
+def check_tensors(
+    index: Mapping[str, TensorInfo], expected: Iterable[Expected], where: str, fp8_block: tuple[int, int] | None = None
+) -> None:
+    """Raises ModelError unless every expected tensor is there with its shape and a dtype that can be served.
+
+    With ``fp8_block`` matrices may be FP8, if the scales of their blocks are there as well.
+    """
+    wanted = {tensor.name: tensor for tensor in expected}
     missing = [name for name in wanted if name not in index]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(where, f"tensor {missing[0]}{more} is missing")
-    for name, shape in wanted.items():
-        info = index[name]
-        if info.shape != shape:
-            raise ModelError(where, f"tensor {name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
-        if info.dtype not in ITEM_BYTES:
-            supported = ", ".join(ITEM_BYTES)
-            raise ModelError(where, f"tensor {name} has dtype {info.dtype}; supported: {supported}")
+    for tensor in wanted.values():
+        dtype = index[tensor.name].dtype
+        if dtype == FP8 and fp8_block and len(tensor.shape) == 2:
+            scales = tuple(-(-size // block) for size, block in zip(tensor.shape, fp8_block, strict=True))
+            check_tensors(index, [Expected(tensor.name + SCALE_SUFFIX, scales, ("F32", "BF16"))], where)
+            tensor = tensor._replace(dtypes=(FP8,))
+        _check_tensor(index[tensor.name], tensor, where)
+
+
+def _check_tensor(info: TensorInfo, tensor: Expected, where: str) -> None:
+    if info.shape != tensor.shape:
+        problem = f"has shape {list(info.shape)}, config.json asks for {list(tensor.shape)}"
+        raise ModelError(where, f"tensor {tensor.name} {problem}")
+    if info.dtype not in tensor.dtypes:
+        supported = ", ".join(tensor.dtypes)
+        raise ModelError(where, f"tensor {tensor.name} has dtype {info.dtype}; supported: {supported}")
 
 
 def _read_shards(directory: Path) -> dict[str, TensorInfo]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from shared.errors import ModelError
 from shared.messages import ModelFacts
 from shared.models.layout import tensor_name
+from shared.models.packed import SCALE_SUFFIX, unpack_fp8, unpack_mxfp4
 from shared.models.source import ModelSource, open_source
-from shared.models.spec import ModelSpec
+from shared.models.spec import ModelSpec, Stored
 
 
 def open_checkpoint(model: str) -> "Checkpoint":
@@ -58,15 +59,34 @@ class Checkpoint:
         return tensor if tensor.data_ptr() % tensor.itemsize == 0 else tensor.clone()
 
     def load(self, role: str, layer: int, expert: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor of a role where kernels want it.
+        """The tensor of a role where kernels want it, in the shape of layout.py.
 
         On CPU matrices stay views in the dtype of the file and vectors (norms, biases) become fp32; on other devices
-        everything is copied there as ``dtype``.
+        everything is copied there as ``dtype``. What is stored packed, transposed or interleaved is copied in any case.
         """
-        tensor = self.tensor(tensor_name(self.spec, role, layer, expert))
+        stored = self.spec.names[role]
+        tensor = self._stored(stored, tensor_name(self.spec, role, layer, expert), expert).contiguous()
         if device.type == "cpu":
             return tensor.float() if tensor.dim() == 1 else tensor
         return tensor.to(device=device, dtype=dtype)
+
+    def _stored(self, stored: Stored, name: str, expert: int) -> Tensor:
+        """A view where the file's layout allows one."""
+        if stored.packing == "mxfp4":
+            blocks, scales = (self.tensor(f"{name}_{part}") for part in ("blocks", "scales"))
+            tensor = unpack_mxfp4(blocks[expert], scales[expert])
+        else:
+            tensor = self._matrix(name)
+            tensor = tensor[expert] if stored.stacked else tensor
+        return _rows(tensor.t() if stored.transposed else tensor, stored.part)
+
+    def _matrix(self, name: str) -> Tensor:
+        """A tensor of the file; fp32 when it is stored as FP8 blocks."""
+        tensor = self.tensor(name)
+        if tensor.dtype is not torch.float8_e4m3fn:
+            return tensor
+        assert self.spec.fp8_block  # index.check_tensors admits FP8 for nothing else
+        return unpack_fp8(tensor, self.tensor(name + SCALE_SUFFIX), self.spec.fp8_block)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -75,3 +95,10 @@ class Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise ModelError(str(self.path / file), f"cannot be mapped: {error}") from error
         return self._files[file]
+
+
+def _rows(tensor: Tensor, part: str) -> Tensor:
+    """The rows of gate or of up, where they share a tensor."""
+    half = len(tensor) // 2
+    parts = {"": slice(None), "first": slice(half), "second": slice(half, None)}
+    return tensor[parts[part] if part in parts else slice(part == "odd", None, 2)]

@@ -29,6 +29,7 @@ class LocalModel:
         for layer in self.decoder.spec.layers:
             self.decoder.attend(layer.index, x, step, cache, out=rows)
             if layer.moe:
+                self.decoder.shared(layer.index, rows, x)
                 self._experts(self.moe[layer.index], rows, x)
             else:
                 self.decoder.dense(layer.index, rows, x)
@@ -38,11 +39,13 @@ class LocalModel:
         """x [T, H] += routed experts of rows [T, H], summed by ascending expert id."""
         weights, ids = moe.gate(rows)
         ids, by_id = ids.sort(dim=1)
+        weights = weights.gather(1, by_id)
         by_expert = ids.flatten().argsort(stable=True)
         tokens = (by_expert // ids.shape[1]).int()
         parts = torch.empty(len(tokens), rows.shape[1], dtype=torch.float32, device=rows.device)
-        moe.forward(rows, tokens, ids.flatten()[by_expert], parts)
+        moe.forward(rows, tokens, ids.flatten()[by_expert], weights.flatten()[by_expert], parts)
         index = torch.empty_like(tokens)
         index[by_expert] = torch.arange(len(tokens), dtype=torch.int32, device=rows.device)
         index = index.view_as(ids)
-        self.kernels.combine(x, [parts], torch.zeros_like(index), index, weights.gather(1, by_id))
+        weights = torch.ones_like(weights) if moe.weighs_input else weights
+        self.kernels.combine(x, [parts], torch.zeros_like(index), index, weights)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from shared.errors import ModelError
 from shared.kernels.base import ExpertTable, Kernels
-from shared.models.layout import expert_roles
+from shared.models.layout import expert_roles, router_roles
 from shared.models.loader import Checkpoint
+from shared.models.scratch import Scratch
 
 
 class MoeLayer:
@@ -20,7 +21,8 @@ class MoeLayer:
         """Loads the gate and no experts. ``dtype`` is that of weights off CPU; on CPU they stay as in the file."""
         self.spec, self.layer = checkpoint.spec, layer
         self._checkpoint, self._kernels, self._device, self._dtype = checkpoint, kernels, device, dtype
-        self._router = checkpoint.load("router", layer, 0, device, dtype)
+        self._gate = {role: checkpoint.load(role, layer, 0, device, dtype) for role in router_roles(checkpoint.spec)}
+        self._scratch = Scratch(device)
         self._experts: dict[int, list[Tensor]] = {}
         self._table: ExpertTable | None = None
 
@@ -41,13 +43,28 @@ class MoeLayer:
 
     def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k])."""
-        return self._kernels.route(rows, self._router, self.spec.router)
+        bias, correction = self._gate.get("router_bias"), self._gate.get("router_correction")
+        return self._kernels.route(rows, self._gate["router"], self.spec.router, bias, correction)
 
-    def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, out: Tensor) -> None:
-        """out fp32 [P, H] = expert ids[p] of row tokens[p] of rows [T, H]; int32, ``ids`` ascending and resident."""
+    @property
+    def weighs_input(self) -> bool:
+        """True: weights belong to ``forward`` and the sum of parts has none (Llama-4)."""
+        return self.spec.router.weighs_input
+
+    def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        """out fp32 [P, H] = expert ids[p] of row tokens[p] of rows [T, H]; int32, ``ids`` ascending and resident.
+
+        weights fp32 [P] multiply the rows if ``weighs_input``, else they are not looked at.
+        """
         table = self._table
         if table is None:
             raise ModelError(f"layer {self.layer}", "no expert is resident")
+        if self.weighs_input:
+            taken = self._scratch.rows("weighted", len(tokens), rows.shape[1], rows.dtype)
+            numbers = self._scratch.everyone(len(tokens))[0]
+            self._kernels.take(rows, tokens.long(), taken)
+            self._kernels.scale_rows(taken, weights, numbers)
+            rows, tokens = taken, numbers
         self._kernels.experts(rows, table, tokens, ids, self.spec.activation, out)
 
     def _swap(self, experts: dict[int, list[Tensor]]) -> None:

@@ -101,7 +101,7 @@ def make_checkpoint(preset: str, out: Path, seed: int = 0, **overrides: Any) -> 
     if preset not in PRESETS:
         raise ConfigError("--preset", f"{preset!r} is unknown; there are: {', '.join(PRESETS)}")
     config = {**PRESETS[preset], **overrides}
-    shapes = dict(expected_tensors(parse_config(config, {}, f"preset {preset}")))
+    shapes = {t.name: t.shape for t in expected_tensors(parse_config(config, {}, f"preset {preset}"))}
     tokenizer = byte_tokenizer(config["vocab_size"])
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def open_source(model: str) -> ModelSource:
     generation = _optional_json(path / "generation_config.json")
     spec = parse_config(config, generation, str(path / "config.json"))
     tensors = read_index(path)
-    check_tensors(tensors, expected_tensors(spec), str(path))
+    check_tensors(tensors, expected_tensors(spec), str(path), spec.fp8_block)
     tokenizer_file = path / "tokenizer.json"
     if not tokenizer_file.is_file():
         raise ModelError(str(tokenizer_file), "is missing; other tokenizer files are not supported")

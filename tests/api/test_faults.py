@@ -293,6 +293,8 @@ async def test_the_end_of_sequence_token_has_no_text_but_counts(mesh, http):
     assert response["usage"]["completion_tokens"] == 3
     ignored = await complete(http, ignore_eos=True)
     assert ignored["token_ids"] == [72, 72, 0, 72, 72] and ignored["text"] == "hhhh"
+    shown = await complete(http, ignore_eos=True, skip_special_tokens=False)
+    assert shown["text"] == "hh<|endoftext|>hh" and shown["logprobs"]["text_offset"] == [0, 1, 2, 15, 16]
     own = await complete(http, ignore_eos=True, stop_token_ids=[72], min_tokens=1)
     assert (own["token_ids"], own["text"], own["stop_reason"]) == ([72, 72], "h", 72)
 

@@ -41,6 +41,33 @@ def test_completion(client, model):
     assert found.usage.total_tokens == found.usage.prompt_tokens + 40
 
 
+def test_special_tokens_are_shown_when_asked_for(client, model):
+    def text(**extra):
+        body = {"model": model, "prompt": [0, 72, 72], "max_tokens": 1, "seed": 1, "echo": True}
+        return client.completions.create(**body, extra_body={"ignore_eos": True, **extra}).choices[0].text
+
+    assert text().startswith("hh") and text(skip_special_tokens=True) == text()
+    assert text(skip_special_tokens=False).startswith("<|endoftext|>hh")
+
+
+def test_the_last_message_can_be_continued(client, model):
+    messages = [*MESSAGES, {"role": "assistant", "content": "The sea is "}]
+    body = {"model": model, "messages": messages, "max_tokens": 8, "seed": 3}
+    found = client.chat.completions.create(**body, extra_body={"continue_final_message": True, "ignore_eos": True})
+    prompt = f"{MESSAGES[0]['content']}The sea is "  # the demo's template puts messages one behind the other
+    text = client.completions.create(model=model, prompt=prompt, max_tokens=8, seed=3, extra_body={"ignore_eos": True})
+    assert found.choices[0].message.content == text.choices[0].text
+    for extra, param in (
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**body, extra_body=extra)
+        assert caught.value.param == param
+    kwargs = {"enable_thinking": False}
+    client.chat.completions.create(**body, extra_body={"add_generation_prompt": False, "chat_template_kwargs": kwargs})
+
+
 def test_unknown_model_is_404(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="nobody", prompt="x")

@@ -63,15 +63,15 @@ class Serving:
 
 
 @asynccontextmanager
-async def serving(nats: NatsServer, bus: Bus, mesh: str) -> AsyncIterator[Serving]:
+async def serving(nats: NatsServer, bus: Bus, mesh: str, max_model_len: int = 1000) -> AsyncIterator[Serving]:
     exporter = InMemorySpanExporter()
     async with Instance(Kind.ATTENTION, MeshConfig(mesh=mesh, nats=nats.url, id="a"), signals=False) as instance:
         instance.telemetry = Telemetry("attention", "a", mesh, exporter=exporter)
         server = AttentionServer(instance, MODEL.digest)
-        toy = ToyEngine(emit=server.emit, record=instance.telemetry.record, max_model_len=1000, kv_blocks=500)
+        toy = ToyEngine(emit=server.emit, record=instance.telemetry.record, max_model_len=max_model_len, kv_blocks=500)
         woken = threading.Event()
         toy.exchange.idle_wait = lambda timeout: woken.wait(0.005)
-        await server.start(toy.engine, await PlacementWatch(instance).start(), 1000)
+        await server.start(toy.engine, await PlacementWatch(instance).start(), max_model_len)
         subject = instance.subjects.attention("a", "submit")
         made = Serving(server, toy, bus, subject, exporter, instance.telemetry)
 

@@ -161,7 +161,7 @@ class Bench:
             order = ids[0].argsort()
             ids, weights = ids[0][order], weights[0][order]
             out = torch.empty(len(ids), hidden.shape[1])
-            self._layers[layer].forward(hidden[t : t + 1], torch.zeros_like(ids), ids, out)
+            self._layers[layer].forward(hidden[t : t + 1], torch.zeros_like(ids), ids, weights, out)
             index = torch.arange(len(ids), dtype=torch.int32)[None]
             self.kernels.combine(x[t : t + 1], [out], torch.zeros_like(index), index, weights[None])
         return x

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shared.kernels.base import Kernels
+from shared.kernels.base import Kernels, Paged, Visibility
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,12 +28,12 @@ class PagedCase:
     sequence: Tensor
     positions: Tensor
     caches: tuple[Tensor, Tensor]
-    window: int = 0
+    sees: Visibility
 
     def run(self, kernels: Kernels) -> Tensor:
-        scale = self.q.shape[-1] ** -0.5
-        rows = (self.tables, self.sequence, self.positions)
-        return kernels.attention(self.q, *self.caches, *rows, scale, self.window)
+        at = Paged(self.tables, self.sequence, self.positions)
+        out = torch.full((len(self.q), self.q.shape[1] * self.caches[1].shape[3]), float("nan"))
+        return kernels.attention(self.q, self.caches, at, self.sees, out)
 
     def rows(self, chosen: list[int]) -> "PagedCase":
         """The same cache, but only these query rows."""
@@ -43,13 +43,14 @@ class PagedCase:
 
     def laid_out(self, block_size: int, seed: int) -> "PagedCase":
         """The same sequences in blocks of another size, shuffled; what no sequence uses is NaN."""
-        sequences, length, kv_heads, depth = self.kv[0].shape
+        sequences, length, kv_heads, _ = self.kv[0].shape
         per = -(-length // block_size)
         blocks = sequences * per + 3
         order = torch.randperm(blocks, generator=generator(seed))[: sequences * per]
         tables = order.view(sequences, per)
         caches = []
         for rows in self.kv:
+            depth = rows.shape[3]
             cache = torch.full((blocks, block_size, kv_heads, depth), float("nan"))
             padded = torch.full((sequences, per * block_size, kv_heads, depth), float("nan"))
             padded[:, :length] = rows
@@ -66,22 +67,27 @@ def paged_case(
     block_size: int = 16,
     window: int = 0,
     seed: int = 0,
+    chunk: int = 0,
+    sinks: bool = False,
+    width: int = 0,
 ) -> PagedCase:
-    """Every position of every sequence is a query row, sequence after sequence."""
-    shape = (len(lengths), max(lengths), kv_heads, depth)
-    kv = (normal(*shape, seed=seed), normal(*shape, seed=seed + 1))
+    """Every position of every sequence is a query row, sequence after sequence; values are as wide as keys if 0."""
+    shape = (len(lengths), max(lengths), kv_heads)
+    kv = (normal(*shape, depth, seed=seed), normal(*shape, width or depth, seed=seed + 1))
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     positions = torch.cat([torch.arange(length) for length in lengths])
     q = normal(len(sequence), heads, depth, seed=seed + 2)
     nothing = torch.empty(0, dtype=torch.int32)
-    case = PagedCase(q, kv, nothing, sequence.int(), positions.int(), kv, window)
+    beside = normal(heads, seed=seed + 3) if sinks else None
+    sees = Visibility(depth**-0.5, window, chunk, beside)
+    case = PagedCase(q, kv, nothing, sequence.int(), positions.int(), kv, sees)
     return case.laid_out(block_size, seed)
 
 
 @dataclass(frozen=True)
 class ExpertCase:
     x: Tensor
-    experts: dict[int, tuple[Tensor, Tensor, Tensor]]
+    experts: dict[int, tuple[Tensor, ...]]
     tokens: Tensor
     ids: Tensor
     activation: str = "silu"
@@ -106,6 +112,7 @@ def expert_case(
     dtype: torch.dtype = torch.bfloat16,
     activation: str = "silu",
     seed: int = 0,
+    biased: bool = False,
 ) -> ExpertCase:
     """Every row chooses top_k experts; ids are ascending. Logical ids have gaps: 0, 2, 4, ..."""
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
@@ -113,8 +120,11 @@ def expert_case(
         2 * e: tuple(normal(*shape, seed=seed + 10 * e + i, dtype=dtype) * 0.1 for i, shape in enumerate(shapes))
         for e in range(experts)
     }
+    if biased:
+        for e, given in weights.items():
+            weights[e] = given + tuple(normal(len(weight), seed=seed + e + i) for i, weight in enumerate(given))
     chosen = torch.rand(rows, experts, generator=generator(seed)).argsort(1)[:, :top_k]
     order = chosen.flatten().sort(stable=True)
     tokens = (order.indices // top_k).int()
     x = normal(rows, hidden, seed=seed + 1)
-    return ExpertCase(x, weights, tokens, (order.values * 2).int(), activation)  # type: ignore[arg-type]
+    return ExpertCase(x, weights, tokens, (order.values * 2).int(), activation)

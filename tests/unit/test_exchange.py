@@ -110,6 +110,45 @@ def test_a_broken_connection_is_noticed_before_the_deadline():
         assert mesh.exchange.stats().repeats == Counter(connection=1)
 
 
+def test_a_sole_home_whose_connection_broke_is_not_waited_for():
+    with toy_mesh(round_robin(2), deadline=600.0) as mesh:
+        mesh.instances[1].server.stop()
+        mesh.instances[1].transport.close()
+        for _ in range(2):
+            with pytest.raises(ExchangeUnavailable) as caught:
+                mesh.check(seed=2)
+            assert caught.value.instances == ["e1"]
+            assert not mesh.exchange.ready()
+            mesh.exchange.update(mesh.view())  # with a heartbeat from before
+        assert not mesh.exchange.stats().repeats
+
+
+def test_an_instance_that_left_the_mesh_is_not_waited_for():
+    """The control plane says so while the exchange is under way; a later heartbeat shows that it was wrong."""
+    with toy_mesh(round_robin(2), deadline=600.0) as mesh:
+        both, address = mesh.view(), mesh.instances[1].transport.address
+        mesh.network.cut(address)
+        handle = mesh.exchange.dispatch(LAYERS[0], random_rows(0, 1))
+        mesh.exchange.foresee(View(mesh.placement, {"e0": both.instances["e0"]}))
+        with pytest.raises(ExchangeUnavailable, match="gone, and some experts have no other home") as caught:
+            mesh.exchange.combine(handle, random_rows(0, 1))
+        assert caught.value.instances == ["e1"]
+        mesh.network.heal(address)
+        again = mesh.view(seen=time.monotonic())
+        mesh.exchange.foresee(again)
+        mesh.exchange.update(again)
+        assert mesh.exchange.ready()
+        mesh.check(seed=3)
+
+
+def test_when_one_of_two_homes_left_the_other_is_asked_at_once():
+    with toy_mesh(everywhere(2), deadline=600.0) as mesh:
+        mesh.network.cut(mesh.instances[1].transport.address)
+        mesh.exchange.foresee(View(mesh.placement, {"e0": mesh.view().instances["e0"]}))
+        mesh.check(seed=1)
+        assert mesh.exchange.stats().repeats == Counter(connection=1)
+
+
 def test_a_dead_instance_with_sole_homes_ends_in_a_clear_error():
     with toy_mesh(round_robin(3), deadline=0.02, give_up=0.2) as mesh:
         mesh.network.cut(mesh.instances[1].transport.address)

@@ -44,6 +44,34 @@ def test_renders_as_transformers_does(name):
     assert ChatTemplate(TEMPLATES[name], special).render(MESSAGES) == expected[0]
 
 
+CONTINUED = [*MESSAGES[:2], {"role": "assistant", "content": "The answer is "}]
+
+
+@pytest.mark.parametrize("name", ["chatml", "mixtral", "trimming"])
+@pytest.mark.parametrize("turn", ["none", "continue"])
+def test_other_turns_render_as_transformers_does(name, turn):
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    templates = TEMPLATES | {"trimming": "{% for m in messages %}<{{ m['content'].strip() }}>{% endfor %}"}
+    expected, _ = reference.render_jinja_template(
+        [CONTINUED], chat_template=templates[name], continue_final_message=turn == "continue", bos_token="<s>"
+    )
+    found = ChatTemplate(templates[name], {"bos_token": "<s>"}).render(CONTINUED, turn=turn)
+    assert found == expected[0]
+    assert found.endswith("The answer is " if name != "trimming" else "The answer is") == (turn == "continue")
+
+
+def test_a_template_that_hides_the_last_message_cannot_continue_it():
+    with pytest.raises(BadRequest) as caught:
+        ChatTemplate("{{ messages[0].content }}", {}).render(CONTINUED, turn="continue")
+    assert caught.value.param == "continue_final_message"
+
+
+def test_variables_of_the_client_reach_the_template_but_not_its_own():
+    template = ChatTemplate("{{ enable_thinking }} {{ bos_token }} {{ messages | length }}", {"bos_token": "<s>"})
+    assert template.render(MESSAGES, {"enable_thinking": False, "messages": []}) == "False <s> 4"
+    assert template.render(MESSAGES, {"bos_token": "B", "self": 1}) == " B 4"
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from services.gateway.errors import BadRequest
-from services.gateway.protocol import ChatRequest, CompletionRequest, parse
+from services.gateway.protocol import ChatRequest, CompletionRequest, TokenizeRequest, parse
 from services.gateway.unsupported import NEUTRAL
 
 COMPLETION = {"prompt": "x"}
@@ -37,7 +37,7 @@ def test_the_supported_fields_are_accepted_together(make):
         stream_options={"include_usage": True, "continuous_usage_stats": True}, presence_penalty=1,
         frequency_penalty=-2, logit_bias={"5": -100}, user="me", top_k=-1, min_p=0.1, repetition_penalty=1.1,
         min_tokens=1, stop_token_ids=[3], ignore_eos=True, return_token_ids=True, max_tokens=5,
-        store=True, metadata={"a": "b"},
+        store=True, metadata={"a": "b"}, skip_special_tokens=False,
     )  # fmt: skip
 
 
@@ -45,6 +45,8 @@ def test_the_supported_fields_are_accepted_together(make):
 @pytest.mark.parametrize("field", [f for f in NEUTRAL if f not in ("echo", "best_of")])
 def test_null_is_neutral_and_other_values_are_refused_by_name(make, field):
     make(**{field: None})
+    if make is chat and field == "chat_template_kwargs":
+        return
     if field in ("prompt_cache_key", "safety_identifier", "parallel_tool_calls"):
         make(**{field: True})
         return
@@ -77,7 +79,7 @@ def test_neutral_values_pass(fields):
         {"presence_penalty": 3}, {"frequency_penalty": -3}, {"logit_bias": {"x": 1}}, {"logit_bias": {"1": 101}},
         {"top_k": -2}, {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": -1}, {"stop_token_ids": [-1]},
         {"seed": 2**63}, {"stream": "yes"}, {"stream_options": {"include_usage": True}}, {"banana": None},
-        {"user": 5}, {"model": 5},
+        {"user": 5}, {"model": 5}, {"continue_final_message": 1}, {"add_generation_prompt": "yes"},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("make", [complete, chat])
@@ -125,6 +127,27 @@ def test_chat_rules():
     assert refused(chat, max_completion_tokens=0).param == "max_completion_tokens"
     chat(top_logprobs=0, logprobs=True)
     chat(messages=[{"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool", "content": "x"}])
+
+
+def test_how_messages_become_a_prompt():
+    assert chat().turn == chat(continue_final_message=False, chat_template_kwargs={}).turn == "assistant"
+    assert chat(add_generation_prompt=False).turn == "none"
+    assert chat(continue_final_message=True).turn == "continue"
+    assert chat(continue_final_message=True, add_generation_prompt=False).turn == "continue"
+    both = refused(chat, continue_final_message=True, add_generation_prompt=True)
+    assert both.param == "continue_final_message" and "add_generation_prompt" in both.message
+    own = refused(chat, chat_template_kwargs={"messages": [], "enable_thinking": False})
+    assert own.param == "chat_template_kwargs" and "messages" in own.message
+    assert refused(chat, chat_template_kwargs={str(i): 1 for i in range(65)}).param == "chat_template_kwargs"
+    assert refused(chat, chat_template_kwargs="x").param == "chat_template_kwargs"
+
+
+def test_tokenize_takes_template_fields_with_messages_only():
+    for fields, name in (({"add_generation_prompt": False}, "add_generation_prompt"),):
+        parse(TokenizeRequest, json.dumps(CHAT | fields).encode()).check()
+        with pytest.raises(BadRequest) as caught:
+            parse(TokenizeRequest, json.dumps(COMPLETION | fields).encode()).check()
+        assert caught.value.param == name
 
 
 def test_best_of_must_be_n():

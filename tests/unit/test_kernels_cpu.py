@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shared.kernels.base import Paged, Visibility
 from shared.kernels.cpu import CpuKernels
 from shared.kernels.reference import ReferenceKernels, activate
 from shared.models.spec import RouterSpec
@@ -61,14 +62,23 @@ def test_rms_norm_is_the_reference(cpu: CpuKernels, rows: int, depth: int, dtype
 
 
 @few
-@given(rows=sizes, heads=st.integers(1, 5), half=st.integers(1, 20), rest=st.integers(0, 7), seed=seeds)
-def test_rope_is_the_reference(cpu: CpuKernels, rows: int, heads: int, half: int, rest: int, seed: int) -> None:
+@given(
+    rows=sizes,
+    heads=st.integers(1, 5),
+    half=st.integers(1, 20),
+    rest=st.integers(0, 7),
+    pairs=st.booleans(),
+    seed=seeds,
+)
+def test_rope_is_the_reference(
+    cpu: CpuKernels, rows: int, heads: int, half: int, rest: int, pairs: bool, seed: int
+) -> None:
     x = normal(rows, heads, 2 * half + rest, seed=seed)
     angles = normal(100, half, seed=seed + 1)
     positions = torch.randint(0, 100, (rows,), dtype=torch.int32)
     ours, theirs = x.clone(), x.clone()
     for kernels, rotated in ((cpu, ours), (REFERENCE, theirs)):
-        kernels.rope(rotated, angles.cos(), angles.sin(), positions)
+        kernels.rope(rotated, angles.cos(), angles.sin(), positions, pairs)
     assert_close(ours, theirs)
     assert torch.equal(ours[..., 2 * half :], x[..., 2 * half :])
 
@@ -91,6 +101,67 @@ def test_add_is_the_reference(cpu: CpuKernels) -> None:
     assert torch.equal(ours, theirs)
 
 
+def test_add_scales_what_it_adds(cpu: CpuKernels) -> None:
+    ours, y = normal(3, 37, seed=0), normal(3, 37, seed=1)
+    expected = ours + 0.3 * y
+    cpu.add(ours, y, 0.3)
+    assert_close(ours, expected)
+
+
+@few
+@given(rows=sizes, depth=sizes, seed=seeds)
+def test_arithmetic_on_rows_is_the_reference(cpu: CpuKernels, rows: int, depth: int, seed: int) -> None:
+    gate, factors = normal(rows, 1, seed=seed + 2) * 5, normal(9, seed=seed + 3)
+    index = torch.randint(0, 9, (rows,), dtype=torch.int32)
+    results = []
+    for kernels in (cpu, REFERENCE):
+        x = normal(rows, depth, seed=seed)
+        kernels.gated_add(x, normal(rows, depth, seed=seed + 1), gate)
+        kernels.scale(x, 1.7)
+        kernels.scale_rows(x, factors, index)
+        kernels.clip(x, 0.9)
+        results.append(x)
+    assert_close(*results)
+
+
+@few
+@given(rows=sizes, depth=sizes, dtype=st.sampled_from(WEIGHT_DTYPES), seed=seeds)
+def test_layer_norm_is_the_reference(cpu: CpuKernels, rows: int, depth: int, dtype: torch.dtype, seed: int) -> None:
+    x, weight, bias = (
+        normal(rows, depth, seed=seed),
+        normal(depth, seed=1, dtype=dtype),
+        normal(depth, seed=2, dtype=dtype),
+    )
+    expected = REFERENCE.layer_norm(x, weight, bias, 1e-3)
+    assert_close(cpu.layer_norm(x, weight, bias, 1e-3), expected)
+    assert_close(cpu.layer_norm(x, weight, bias, 1e-3, out=x), expected)
+
+
+@few
+@given(rows=sizes, heads=st.integers(1, 5), depth=sizes, cols=st.integers(1, 150), gap=st.integers(0, 5), seed=seeds)
+def test_head_linear_is_the_reference_in_and_out_of_views(
+    cpu: CpuKernels, rows: int, heads: int, depth: int, cols: int, gap: int, seed: int
+) -> None:
+    x, weight = normal(rows, heads, depth, seed=seed), normal(heads, cols + gap, depth, seed=seed + 1)[:, gap:]
+    ours, theirs = normal(rows, heads, cols + gap, seed=2), normal(rows, heads, cols + gap, seed=2)
+    cpu.head_linear(x, weight, ours[..., :cols])
+    REFERENCE.head_linear(x, weight, theirs[..., :cols])
+    assert_close(ours, theirs)
+
+
+def test_norm_rotation_and_copy_work_on_parts_of_rows(cpu: CpuKernels) -> None:
+    gain, angles, positions = normal(10, seed=1), normal(7, 3, seed=2), torch.tensor([6, 0, 3], dtype=torch.int32)
+    results = []
+    for kernels in (cpu, REFERENCE):
+        x, copied = normal(3, 16, seed=0), torch.zeros(3, 2, 9)
+        kernels.rms_norm(x[:, :10], gain, 1e-6, out=x[:, :10])
+        heads = x.view(3, 2, 8)
+        kernels.rope(heads[..., 2:], angles.cos(), angles.sin(), positions, interleaved=True)
+        kernels.copy(heads[..., 1:6], copied[..., 4:])
+        results.append(torch.cat([x.flatten(), copied.flatten()]))
+    assert_close(*results)
+
+
 def test_store_kv_writes_its_slots_and_nothing_else(cpu: CpuKernels) -> None:
     ours, theirs = normal(5, 3, 2, 6, seed=0), normal(5, 3, 2, 6, seed=0)
     rows, slots = normal(4, 2, 6, seed=1), torch.tensor([14, 0, 7, 3])
@@ -107,6 +178,9 @@ def test_store_kv_writes_its_slots_and_nothing_else(cpu: CpuKernels) -> None:
     depth=st.integers(1, 40).map(lambda half: 2 * half),
     block_size=st.integers(1, 17),
     window=st.sampled_from((0, 1, 5, 30)),
+    chunk=st.sampled_from((0, 1, 7)),
+    sinks=st.booleans(),
+    width=st.sampled_from((0, 1, 35)),
     seed=seeds,
 )
 def test_attention_is_the_reference(
@@ -117,9 +191,12 @@ def test_attention_is_the_reference(
     depth: int,
     block_size: int,
     window: int,
+    chunk: int,
+    sinks: bool,
+    width: int,
     seed: int,
 ) -> None:
-    case = paged_case(lengths, kv_heads * group, kv_heads, depth, block_size, window, seed)
+    case = paged_case(lengths, kv_heads * group, kv_heads, depth, block_size, window, seed, chunk, sinks, width)
     clean = replace(case, caches=(case.caches[0].nan_to_num(), case.caches[1].nan_to_num()))
     assert_close(case.run(cpu), clean.run(REFERENCE))
 
@@ -131,13 +208,41 @@ def test_attention_with_huge_scores_stays_finite(cpu: CpuKernels) -> None:
 
 
 @few
-@given(rows=sizes, experts=st.integers(1, 40), normalise=st.booleans(), data=st.data(), seed=seeds)
+@given(
+    rows=sizes,
+    groups=st.integers(1, 4),
+    size=st.integers(2, 10),
+    score=st.sampled_from(("softmax", "sigmoid", "top_softmax", "top_sigmoid", "sparsemixer")),
+    normalise=st.booleans(),
+    bias=st.booleans(),
+    correction=st.booleans(),
+    group_score=st.sampled_from(("max", "top2")),
+    data=st.data(),
+    seed=seeds,
+)
 def test_route_is_the_reference(
-    cpu: CpuKernels, rows: int, experts: int, normalise: bool, data: st.DataObject, seed: int
+    cpu: CpuKernels,
+    rows: int,
+    groups: int,
+    size: int,
+    score: str,
+    normalise: bool,
+    bias: bool,
+    correction: bool,
+    group_score: str,
+    data: st.DataObject,
+    seed: int,
 ) -> None:
-    router = RouterSpec(experts, data.draw(st.integers(1, min(experts, 8))), normalise=normalise)
-    x, weight = normal(rows, 33, seed=seed), normal(experts, 33, seed=seed + 1, dtype=torch.bfloat16)
-    (ours, our_ids), (theirs, their_ids) = cpu.route(x, weight, router), REFERENCE.route(x, weight, router)
+    groups, experts = (1, size) if score == "sparsemixer" else (groups, groups * size)
+    kept = data.draw(st.integers(1, groups))
+    top_k = data.draw(st.integers(1, min(kept * size, 8)))
+    router = RouterSpec(
+        experts, top_k, score, normalise, scale=1.3, bias=bias, correction=correction, groups=groups, top_groups=kept,
+        group_score=group_score, jitter=0.2,
+    )  # fmt: skip
+    x, weight = normal(rows, 33, seed=seed), normal(experts, 33, seed=seed + 1, dtype=torch.bfloat16) * 0.2
+    extra = (normal(experts, seed=5) if bias else None, normal(experts, seed=6) if correction else None)
+    (ours, our_ids), (theirs, their_ids) = (kernels.route(x, weight, router, *extra) for kernels in (cpu, REFERENCE))
     assert torch.equal(our_ids, their_ids)
     assert_close(ours, theirs)
 
@@ -163,17 +268,18 @@ def test_route_of_rows_that_are_not_numbers_still_names_distinct_experts(cpu: Cp
     hidden=sizes,
     inner=sizes,
     dtype=st.sampled_from(WEIGHT_DTYPES),
-    activation=st.sampled_from(("silu", "gelu", "gelu_pytorch_tanh")),
+    activation=st.sampled_from(("silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu")),
+    biased=st.booleans(),
     seed=seeds,
 )
 def test_experts_are_the_reference(
-    cpu: CpuKernels, rows: int, hidden: int, inner: int, dtype: torch.dtype, activation: str, seed: int
+    cpu: CpuKernels, rows: int, hidden: int, inner: int, dtype: torch.dtype, activation: str, biased: bool, seed: int
 ) -> None:
-    case = expert_case(rows, hidden, inner, dtype=dtype, activation=activation, seed=seed)
+    case = expert_case(rows, hidden, inner, dtype=dtype, activation=activation, biased=biased, seed=seed)
     assert_close(case.run(cpu), case.run(REFERENCE))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu"])
 def test_activations_of_extreme_values_are_those_of_torch(cpu: CpuKernels, activation: str) -> None:
     x = torch.tensor([[-200.0, -100.0, -88.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 100.0, 200.0]])
     identity = torch.eye(x.shape[1])
@@ -181,7 +287,7 @@ def test_activations_of_extreme_values_are_those_of_torch(cpu: CpuKernels, activ
     first = torch.zeros(1, dtype=torch.int32)
     table = cpu.expert_table({0: (identity, up, identity)})
     out = cpu.experts(x, table, first, first, activation, torch.empty_like(x))
-    assert_close(out, activate(x, activation))
+    assert_close(out, activate(x, torch.ones_like(x), activation))
 
 
 def test_combine_sums_parts_from_several_frames_in_order(cpu: CpuKernels) -> None:
@@ -212,7 +318,8 @@ def test_no_rows_are_no_trouble(cpu: CpuKernels) -> None:
     assert cpu.route(nothing, torch.ones(3, 8), RouterSpec(3, 2))[1].shape == (0, 2)
     cache = torch.zeros(1, 2, 1, 8)
     tables = torch.zeros(1, 1, dtype=torch.int32)
-    assert cpu.attention(nothing.view(0, 1, 8), cache, cache, tables, none, none, 1.0).shape == (0, 8)
+    at = Paged(tables, none, none)
+    assert cpu.attention(nothing.view(0, 1, 8), (cache, cache), at, Visibility(1.0), nothing) is nothing
 
 
 class TestRefused:

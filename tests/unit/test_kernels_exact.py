@@ -4,6 +4,8 @@ Not on how many rows are in the call, where it stands among them, how rows are s
 or how the KV cache is laid out.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,6 +77,8 @@ def test_norm_and_gate_rows_are_the_same_alone(one: CpuKernels, rows: int, depth
     group=st.integers(1, 6),
     depth=st.sampled_from((2, 18, 32, 40, 64)),
     window=st.sampled_from((0, 1, 20)),
+    chunk=st.sampled_from((0, 17)),
+    sinks=st.booleans(),
     data=st.data(),
     seed=seeds,
 )
@@ -85,10 +89,12 @@ def test_attention_rows_are_the_same_in_any_chunks_batches_threads_and_layouts(
     group: int,
     depth: int,
     window: int,
+    chunk: int,
+    sinks: bool,
     data: st.DataObject,
     seed: int,
 ) -> None:
-    case = paged_case(lengths, 2 * group, 2, depth, block_size=16, window=window, seed=seed)
+    case = paged_case(lengths, 2 * group, 2, depth, block_size=16, window=window, seed=seed, chunk=chunk, sinks=sinks)
     whole = case.run(one)
     assert torch.equal(case.run(two), whole)
     block_size = data.draw(st.sampled_from((1, 3, 8, 64)))
@@ -108,6 +114,21 @@ def test_attention_of_a_long_prompt_is_the_same_token_by_token(one: CpuKernels, 
         assert torch.equal(case.rows([t]).run(one)[0], whole[t])
 
 
+def test_attention_with_values_inside_keys_is_the_same_in_any_chunks(one: CpuKernels, two: CpuKernels) -> None:
+    case = paged_case([90, 33], heads=6, kv_heads=1, depth=40)
+    case = replace(case, caches=(case.caches[0], case.caches[0][..., :32]))
+    whole = case.run(two)
+    for chosen in ([0], [5, 6, 100], list(range(40, 123))):
+        assert torch.equal(case.rows(chosen).run(one), whole[chosen])
+
+
+def test_products_per_head_are_the_same_alone_and_in_any_number(one: CpuKernels, two: CpuKernels) -> None:
+    x, weight = normal(40, 3, 70, seed=0), normal(3, 90, 70, seed=1, dtype=torch.bfloat16)
+    alone = torch.cat([one.head_linear(x[t : t + 1], weight, torch.empty(1, 3, 90)) for t in range(len(x))])
+    for rows in (1, 2, 15, 16, 17, 40):
+        assert torch.equal(two.head_linear(x[:rows], weight, torch.empty(rows, 3, 90)), alone[:rows])
+
+
 def test_attention_does_not_see_what_follows_a_row(one: CpuKernels) -> None:
     case = paged_case([40])
     whole = case.run(one)
@@ -117,8 +138,11 @@ def test_attention_does_not_see_what_follows_a_row(one: CpuKernels) -> None:
 
 
 @dtypes
-def test_expert_parts_are_the_same_alone_and_in_any_batch(one: CpuKernels, two: CpuKernels, dtype: torch.dtype) -> None:
-    case = expert_case(60, hidden=70, inner=37, dtype=dtype)
+@pytest.mark.parametrize("biased", [False, True])
+def test_expert_parts_are_the_same_alone_and_in_any_batch(
+    one: CpuKernels, two: CpuKernels, dtype: torch.dtype, biased: bool
+) -> None:
+    case = expert_case(60, hidden=70, inner=37, dtype=dtype, biased=biased)
     whole = case.run(one)
     assert torch.equal(case.run(two), whole)
     for chosen in ([0], [17], [3, 50, 51, 52, 120], list(range(40, 90)), list(range(1, 180, 2))):

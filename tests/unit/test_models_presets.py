@@ -38,7 +38,7 @@ def test_overrides_change_the_shapes(tmp_path):
 
 
 def test_bench_1b_has_the_advertised_size():
-    shapes = dict(expected_tensors(parse_config(PRESETS["bench-1b"], {}, "bench-1b")))
+    shapes = {t.name: t.shape for t in expected_tensors(parse_config(PRESETS["bench-1b"], {}, "bench-1b"))}
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 864_586_752
 
 

@@ -30,6 +30,8 @@ LIMITS = ServerLimits(HIDDEN, torch.float32, MAX_ROWS, EXPERTS)
 class ToyLayer:
     """Gate and experts of one layer, from a seed; counts forward passes."""
 
+    weighs_input = False
+
     def __init__(self, layer: int, top_k: int = TOP_K) -> None:
         rng = np.random.default_rng(layer)
         self._router = rng.standard_normal((EXPERTS, HIDDEN)).astype(np.float32)
@@ -48,7 +50,7 @@ class ToyLayer:
     def expert(self, expert: int, row: np.ndarray) -> np.ndarray:
         return np.tanh(row * self._scale[expert] + self._shift[expert]).astype(np.float32)
 
-    def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, out: Tensor) -> None:
+    def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
         assert torch.equal(ids, ids.sort().values), "parts must be in ascending order of experts"
         self.forwards += 1
         for p, (token, expert) in enumerate(zip(tokens.tolist(), ids.tolist(), strict=True)):
