@@ -218,6 +218,22 @@ def layer_norm(x, weight, bias, kind, eps, y, rows, depth):
             outputs[t, k] = centred[k] * factor * weights[k] + offsets[k]
 
 
+@helper
+def _rotate(first, second, c, s):
+    for d in range(len(c)):
+        a, b = first[d], second[d]
+        first[d] = a * c[d] - b * s[d]
+        second[d] = b * c[d] + a * s[d]
+
+
+@helper
+def _rotate_neighbours(values, c, s):
+    for d in range(len(c)):
+        a, b = values[d, 0], values[d, 1]
+        values[d, 0] = a * c[d] - b * s[d]
+        values[d, 1] = b * c[d] + a * s[d]
+
+
 @kernel
 def rope(x, x_row, x_head, cos, sin, positions, sizes, interleaved):
     """Rotate pairs (d, d + half), or (2 d, 2 d + 1), of fp32 x [rows, heads, ..] whose rows and heads lie so many
@@ -227,16 +243,15 @@ def rope(x, x_row, x_head, cos, sin, positions, sizes, interleaved):
     at = view1(positions, rows, I32)
     if not _within(at, count):
         return False
-    step, apart = (2, 1) if interleaved else (1, half)
     for t in range(rows):
         c = view1(cos + at[t] * half * 4, half, FP32)
         s = view1(sin + at[t] * half * 4, half, FP32)
         for h in range(heads):
-            values = view1(x + (t * x_row + h * x_head) * 4, 2 * half, FP32)
-            for d in range(half):
-                a, b = values[d * step], values[d * step + apart]
-                values[d * step] = a * c[d] - b * s[d]
-                values[d * step + apart] = b * c[d] + a * s[d]
+            start = x + (t * x_row + h * x_head) * 4
+            if interleaved:
+                _rotate_neighbours(view2(start, half, 2, FP32), c, s)
+            else:
+                _rotate(view1(start, half, FP32), view1(start + half * 4, half, FP32), c, s)
     return True
 
 

@@ -110,8 +110,9 @@ def one_step(model: LocalModel, cache: KvCache, sequences, spans, tables, block_
     return model.forward(step, cache).split(counts)
 
 
-def largest_difference(path: Path, kernels, chunk: int = 8, prompt: int = 24, lengths=LENGTHS) -> float:
-    yardstick = load_yardstick(path)
+def largest_difference(path: Path, kernels, chunk=8, prompt=24, lengths=LENGTHS, yardstick=None) -> float:
+    """Of logits, from those of transformers (or of ``yardstick``) on the same checkpoint; greedy tokens are equal."""
+    yardstick = load_yardstick(path) if yardstick is None else yardstick
     generator = torch.Generator().manual_seed(2)
     sequences = [torch.randint(yardstick.config.vocab_size, (n,), generator=generator) for n in lengths]
     ours = paged_logits(path, sequences, chunk, prompt, kernels)
