@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from transformers.utils.quantization_config import Mxfp4Config
 
 from shared.errors import ModelError
 from shared.kernels.base import select_kernels
@@ -92,7 +93,7 @@ def test_mxfp4_experts_match_transformers(kernels: Any, tmp_path: Path) -> None:
         tensors[f"{name}_scales"] = torch.randint(123, 127, groups, dtype=torch.uint8, generator=generator)
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
     edit_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    packing = tf.Mxfp4Config(dequantize=True)
+    packing = Mxfp4Config(dequantize=True)
     model = tf.GptOssForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager", quantization_config=packing
     )

@@ -45,7 +45,7 @@ def assert_tables(rope: dict[str, Any], inverse: torch.Tensor, size: float, kind
 
 @pytest.mark.parametrize("name", KINDS)
 def test_scaled_tables_are_those_of_transformers(name: str) -> None:
-    config = Qwen3MoeConfig(**SHAPE, head_dim=32, rope_parameters=dict(KINDS[name]))
+    config = Qwen3MoeConfig(**SHAPE | {"head_dim": 32, "rope_parameters": dict(KINDS[name])})
     inverse, size = ROPE_INIT_FUNCTIONS[KINDS[name]["rope_type"]](config, CPU)
     assert_tables(KINDS[name], inverse, size, "qwen3_moe", 200)
 
