@@ -100,6 +100,16 @@ def test_mxfp4_experts_match_transformers(kernels: Any, tmp_path: Path) -> None:
     assert largest_difference(tmp_path, kernels, yardstick=model.float().eval()) <= TOLERANCE
 
 
+def test_clamped_activations_match_transformers(kernels: Any, tmp_path: Path) -> None:
+    """Weights so large that gates and ups of gpt-oss reach their limits of 7."""
+    save_random(config("gpt_oss"), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
+        tensors[name] *= 8
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert largest_difference(tmp_path, kernels) <= TOLERANCE
+
+
 def test_llama_4_as_the_hub_has_it_matches_transformers(kernels: Any, tmp_path: Path) -> None:
     """The text model inside a model with vision: ``text_config``, and names that start with language_model."""
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -58,15 +58,24 @@ def test_linear_rows_are_the_same_in_any_order_and_any_split(
 
 
 @few
-@given(rows=st.integers(1, 30), depth=st.integers(1, 90), seed=seeds)
-def test_norm_and_gate_rows_are_the_same_alone(one: CpuKernels, rows: int, depth: int, seed: int) -> None:
+@given(
+    rows=st.integers(1, 30),
+    depth=st.integers(1, 90),
+    score=st.sampled_from(("softmax", "sigmoid", "top_softmax", "top_sigmoid", "sparsemixer")),
+    groups=st.sampled_from((1, 3)),
+    seed=seeds,
+)
+def test_norm_and_gate_rows_are_the_same_alone(
+    one: CpuKernels, rows: int, depth: int, score: str, groups: int, seed: int
+) -> None:
     x, gain, gate = normal(rows, depth, seed=seed), normal(depth, seed=1), normal(9, depth, seed=2)
-    router = RouterSpec(9, 4)
-    normed = one.rms_norm(x, gain, 1e-6)
+    router = RouterSpec(9, 4, score, jitter=0.1, groups=1 if score == "sparsemixer" else groups, top_groups=2)
+    normed, centred = one.rms_norm(x, gain, 1e-6), one.layer_norm(x, gain, gain, 1e-6)
     weights, ids = one.route(x, gate, router)
     for t in range(rows):
         row = x[t : t + 1]
         assert torch.equal(one.rms_norm(row, gain, 1e-6), normed[t : t + 1])
+        assert torch.equal(one.layer_norm(row, gain, gain, 1e-6), centred[t : t + 1])
         alone = one.route(row, gate, router)
         assert torch.equal(alone[0], weights[t : t + 1]) and torch.equal(alone[1], ids[t : t + 1])
 
