@@ -16,7 +16,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
-from numba.np.unsafe.ndarray import to_fixed_tuple
 
 # Element types of views; bf16 and fp16 have none in numba, integers of their size stand for them.
 BF16, FP16, FP32 = np.int16, np.uint16, np.float32
@@ -88,16 +87,6 @@ def call_native(typing_context, address, args):
 
 
 @intrinsic
-def float_of(typing_context, bits):
-    """The fp64 with these int64 bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.DoubleType())
-
-    return types.float64(types.int64), codegen
-
-
-@intrinsic
 def _pointer(typing_context, address, dtype):
     result = types.CPointer(dtype.dtype)
 
@@ -134,9 +123,3 @@ def view2(address, n, m, dtype):
 def view3(address, n, m, k, dtype):
     """Array [n, m, k] at an address."""
     return _carray(_pointer(address, dtype), (n, m, k))
-
-
-@numba.njit(inline="always")
-def arguments(address, n):
-    """A literal number n of int64 at an address, as a tuple."""
-    return to_fixed_tuple(view1(address, n, np.int64), n)
