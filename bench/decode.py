@@ -16,6 +16,7 @@ import httpx
 import torch
 from common import Bar, median, report, stream_tokens
 from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from shared.cli.mesh import LocalMesh, MeshOptions
@@ -42,15 +43,34 @@ class Peer:
     experts: str
     model: Any
 
-    def generate(self, x: torch.Tensor, output: int) -> float:
-        """Seconds for ``output`` greedy tokens after the prompts x [batch, length]."""
+    def generate(self, x: torch.Tensor, output: int) -> Sample:
+        """``output`` greedy tokens after the prompts x [batch, length]."""
         self.model.set_experts_implementation(self.experts)
         settings = {"max_new_tokens": output, "min_new_tokens": output, "do_sample": False}
+        stamps = Stamps()
         start = time.perf_counter()
         with torch.inference_mode():
-            y = self.model.generate(x, attention_mask=torch.ones_like(x), **settings)
+            y = self.model.generate(x, attention_mask=torch.ones_like(x), streamer=stamps, **settings)
+        spent = time.perf_counter() - start
         assert y.shape[1] == x.shape[1] + output
-        return time.perf_counter() - start
+        first, last = stamps.times[0] - start, stamps.times[-1] - start
+        return Sample(first, (last - first) / max(1, output - 1), len(x) * output / spent)
+
+
+class Stamps(BaseStreamer):
+    """When each token of a batch came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
 
 
 def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
@@ -70,14 +90,6 @@ async def run_mesh(url: str, ids: list[list[int]], output: int) -> Sample:
     return Sample(median([s.ttft for s in streams]), median([s.tpot for s in streams]), len(ids) * output / spent)
 
 
-def run_peer(peer: Peer, ids: list[list[int]], output: int) -> Sample:
-    """transformers' generate on the same prompts as one batch; the first token is timed by a run of its own."""
-    x = torch.tensor(ids)
-    first = peer.generate(x, 1)
-    whole = peer.generate(x, output)
-    return Sample(first, (whole - first) / max(1, output - 1), len(ids) * output / whole)
-
-
 def load_peers(model: str) -> list[Peer]:
     """The checkpoint in each dtype, with each experts implementation of transformers."""
     peers = []
@@ -94,8 +106,7 @@ def fastest(peers: list[Peer], ids: list[list[int]], output: int) -> Peer:
         if peer.experts == "batched_mm" and gathered_bytes(peer.model, sum(map(len, ids))) > GATHERED_MAX:
             continue
         try:
-            peer.generate(torch.tensor(ids), 2)
-            sample = run_peer(peer, ids, PROBE_TOKENS)
+            sample = peer.generate(torch.tensor(ids), PROBE_TOKENS)
         except (RuntimeError, NotImplementedError) as error:
             print(f"transformers {peer.dtype} {peer.experts}: {str(error)[:80]}")
             continue
@@ -135,7 +146,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
             for _ in range(args.repeats):
                 ours.append(await run_mesh(mesh.url, ids, args.output))
                 if peer:
-                    theirs.append(run_peer(peer, ids, args.output))
+                    theirs.append(peer.generate(torch.tensor(ids), args.output))
             rows.append(row(batch, ours, theirs, peer))
             print_row(rows[-1])
             if theirs:
