@@ -79,7 +79,8 @@ def _server(app: ASGIApp, config: GatewayConfig) -> _Server:
 def _listening(config: GatewayConfig) -> Generator[socket.socket, None, None]:
     """A listening socket. Raises ConfigError when the address cannot be used."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # The protocol is named, because asyncio turns Nagle's algorithm off only where it sees TCP.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((config.host, config.port))

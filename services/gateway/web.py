@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.errors import ApiError, BadRequest
@@ -26,7 +27,8 @@ class ClientGone(MoemeshError):
 async def read_json(request: Request, limit: int) -> bytes:
     """The body, at most ``limit`` bytes, counted as it comes in.
 
-    Raises ApiError: 400 for another content type, 413 when it is too large, 408 when it does not arrive.
+    Raises ApiError: 400 for another content type, 413 when it is too large, 408 when it does not arrive. Raises
+    ClientGone when the connection ends first.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
@@ -40,6 +42,8 @@ async def read_json(request: Request, limit: int) -> bytes:
                     raise ApiError(413, f"the body is larger than {limit} bytes", None, "body_too_large")
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_LIMIT_S:g} s", None, "timeout") from error
+    except ClientDisconnect as error:
+        raise ClientGone("the client closed the connection inside the body") from error
     return bytes(body)
 
 
