@@ -159,7 +159,7 @@ class SamplingParams(Message):
     """Always set: the gateway draws one when the client gave none."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=1e3)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     logit_bias: dict[int, float] = {}
     min_tokens: Count = 0
     stop_token_ids: tuple[int, ...] = ()

@@ -4,6 +4,7 @@ Responses are built in completions.py and chats.py.
 """
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
@@ -19,20 +20,34 @@ MAX_STOPS = 4
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
 MAX_TEMPLATE_KWARGS = 64
+MAX_FIELDS = 256
+"""Of one JSON object; well above what there is, so that a longer one has unknown fields."""
 
 Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 B = TypeVar("B", bound="Body")
 
 
 class Body(BaseModel):
-    """Base of all request bodies: exact types, no unknown fields."""
+    """Base of all request bodies: exact types, no unknown fields.
+
+    Lists fail at their first violation: to describe each of a million would take minutes.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        """Each unknown field is a violation of its own: the first ones are enough to refuse a million of them."""
+        if not isinstance(value, Mapping) or len(value) <= MAX_FIELDS:
+            return value
+        unknown = islice((name for name in value if name not in cls.model_fields), MAX_FIELDS)
+        return {name: value[name] for name in (*cls.model_fields, *unknown) if name in value}
 
 
 def parse(kind: type[B], data: bytes) -> B:
@@ -66,10 +81,10 @@ class Sampling(Body):
     seed: Int64 | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -84,6 +99,14 @@ class Sampling(Body):
     @classmethod
     def _neutral(cls, value: Any) -> Any:
         return check_unsupported(value, cls.model_fields) if isinstance(value, Mapping) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, value: Any) -> Any:
+        """Before every entry is looked at."""
+        if isinstance(value, Mapping) and len(value) > MAX_BIASES:
+            raise ValueError(f"at most {MAX_BIASES} tokens can have a bias")
+        return value
 
     @field_validator("logit_bias")
     @classmethod
@@ -114,9 +137,9 @@ class Sampling(Body):
 class CompletionRequest(Sampling):
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -147,7 +170,7 @@ class TextPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
@@ -196,7 +219,7 @@ class Templated(Body):
 
 
 class ChatRequest(Templated, Sampling):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
@@ -214,7 +237,7 @@ class TokenizeRequest(Templated):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -234,4 +257,4 @@ class TokenizeRequest(Templated):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -1,11 +1,12 @@
 """Request validation: every field is honoured, neutral, or refused with its name."""
 
 import json
+import time
 
 import pytest
 
 from services.gateway.errors import BadRequest
-from services.gateway.protocol import ChatRequest, CompletionRequest, TokenizeRequest, parse
+from services.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from services.gateway.unsupported import NEUTRAL
 
 COMPLETION = {"prompt": "x"}
@@ -77,7 +78,8 @@ def test_neutral_values_pass(fields):
         {"temperature": -0.1}, {"temperature": "1"}, {"top_p": 0}, {"top_p": 1.5}, {"n": 0}, {"n": 1.5}, {"n": True},
         {"max_tokens": -1}, {"max_tokens": 0}, {"stop": ""}, {"stop": ["a", ""]}, {"stop": list("abcde")},
         {"presence_penalty": 3}, {"frequency_penalty": -3}, {"logit_bias": {"x": 1}}, {"logit_bias": {"1": 101}},
-        {"top_k": -2}, {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": -1}, {"stop_token_ids": [-1]},
+        {"top_k": -2}, {"min_p": 2}, {"repetition_penalty": 0}, {"repetition_penalty": 5e-324}, {"min_tokens": -1},
+        {"stop_token_ids": [-1]},
         {"seed": 2**63}, {"stream": "yes"}, {"stream_options": {"include_usage": True}}, {"banana": None},
         {"user": 5}, {"model": 5}, {"continue_final_message": 1}, {"add_generation_prompt": "yes"},
     ],
@@ -177,3 +179,28 @@ def test_at_most_ten_violations_are_listed():
 
 def test_values_are_not_repeated_in_messages():
     assert "secret" not in refused(complete, temperature="secret").message
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (CompletionRequest, {"prompt": [None] * 300_000}, "prompt"),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {f"t{i}": "x" for i in range(100_000)}}, "logit_bias"),
+        (CompletionRequest, {"prompt": "x"} | {f"f{i}": 1 for i in range(100_000)}, "f0"),
+        (ChatRequest, {"messages": [None] * 300_000}, "messages"),
+        (ChatRequest, {"messages": [{"role": "user", "content": [None] * 300_000}]}, "messages"),
+        (DetokenizeRequest, {"tokens": [-1] * 300_000}, "tokens"),
+    ],
+)  # fmt: skip
+def test_a_great_many_violations_are_refused_in_no_time(kind, body, param):
+    data = json.dumps(body).encode()
+    start = time.thread_time()
+    with pytest.raises(BadRequest) as caught:
+        parse(kind, data)
+    assert time.thread_time() - start < 0.25, "describing each of them takes seconds"
+    assert caught.value.param == param
+
+
+def test_unknown_fields_are_refused_behind_many_neutral_ones():
+    fields = dict.fromkeys(NEUTRAL) | {f"f{i}": 1 for i in range(1000)}
+    assert refused(complete, **fields).param == "f0"
