@@ -42,7 +42,8 @@ class Tokenizer:
         return self._encode(text, special)
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        return self._hf.encode(text, add_special_tokens=special).ids
+        """As a batch of one: ``encode`` itself would keep the interpreter's lock, for many seconds in a long text."""
+        return self._hf.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Text of ``ids``; ids beyond the vocabulary have none."""

@@ -1,5 +1,6 @@
 """Incremental detokenization and stop strings: the client sees exactly the text, in whole characters."""
 
+import asyncio
 from itertools import pairwise
 
 import pytest
@@ -138,3 +139,13 @@ def test_token_bytes_are_those_that_the_decoder_writes(token):
     anchor = DEMO_TOKENIZER._encode("a", False)
     data = b"a" + DEMO_TOKENIZER.token_bytes(token)
     assert data.decode(errors="replace") == DEMO_TOKENIZER.decode([*anchor, token], skip_special=False)
+
+
+async def test_encoding_a_long_text_leaves_the_event_loop_free():
+    work = asyncio.create_task(DEMO_TOKENIZER.encode("a " * 200_000, special=False))
+    turns = 0
+    while not work.done():
+        await asyncio.sleep(0.01)
+        turns += 1
+    assert len(work.result()) > 100_000
+    assert turns > 5, "encoding kept the interpreter's lock"
