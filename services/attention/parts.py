@@ -33,6 +33,8 @@ class PartBuffer:
         self._expire(now)
         if request.part >= request.parts:
             return Decision(ok=False, code="invalid", message=f"part {request.part} of {request.parts}")
+        if request.parts > self._max_bytes:
+            return Decision(ok=False, code="too_long", message=f"{request.parts} parts: more than a prompt has bytes")
         if request.request_id not in self._open and len(self._open) >= MAX_ASSEMBLIES:
             return Decision(ok=False, code="full", message=f"{MAX_ASSEMBLIES} long prompts are arriving already")
         assembly = self._open.setdefault(request.request_id, _Assembly(now + ASSEMBLY_S))

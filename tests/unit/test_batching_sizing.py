@@ -95,6 +95,12 @@ def test_parts_beyond_the_bound_are_refused_at_once():
     assert len(buffer) == 0
 
 
+def test_an_absurd_number_of_parts_is_refused_at_once():
+    buffer = buffered(8)
+    assert buffer.add(part(2**40, parts=2**40 + 1), 0.0).code == "too_long"
+    assert len(buffer) == 0
+
+
 def test_an_incomplete_prompt_is_forgotten_after_a_while():
     buffer = buffered(100)
     buffer.add(part(0), 0.0)
