@@ -6,7 +6,7 @@ Used by ``moemesh up``, ``moemesh demo``, the tests and the benches.
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,13 +14,15 @@ import httpx
 
 from shared.bus import Bus
 from shared.cli.children import Child, ChildDied, cores
-from shared.cli.owned import owned_directory
+from shared.cli.owned import living, owned_directory
 from shared.cli.serve import FOLLOW_PARENT
 from shared.errors import MoemeshError
 from shared.membership import Members
 from shared.messages import Heartbeat, Kind
 from shared.nats_server import NatsServer
 
+NATS_DIRECTORY, ADDRESS = "moemesh-nats-", "address"
+"""Temporary directories of NATS servers of ours, and the file there with mesh and URL."""
 READY_LIMIT_S = 600.0
 STOP_LIMIT_S = 40.0
 
@@ -44,6 +46,16 @@ class MeshOptions:
 
 class MeshFailed(MoemeshError):
     """The mesh did not become ready in time."""
+
+
+def local_nats(mesh: str) -> str:
+    """URL of the NATS server that `up` has started on this machine for a mesh, "" if there is none."""
+    for directory in living(NATS_DIRECTORY):
+        with suppress(OSError, ValueError):
+            name, url = (directory / ADDRESS).read_text().split()
+            if name == mesh:
+                return url
+    return ""
 
 
 class LocalMesh:
@@ -82,9 +94,10 @@ class LocalMesh:
 
     async def _start(self) -> None:
         if not self.nats_url:
-            store = self._stack.enter_context(owned_directory("moemesh-nats-"))
+            store = self._stack.enter_context(owned_directory(NATS_DIRECTORY))
             self.nats = await self._stack.enter_async_context(NatsServer(store))
             self.nats_url = self.nats.url
+            (store / ADDRESS).write_text(f"{self.options.mesh}\n{self.nats_url}\n")
         for name, argv in service_arguments(self.options).items():
             child = Child(name, [*self.options.python, "serve", *argv], self._environ(name), self._on_line)
             self.children[name] = child
@@ -103,7 +116,8 @@ class LocalMesh:
             "id": name,
             **options.settings,
         }
-        ours.setdefault("threads", str(threads_for(name, options, cores())))
+        if "MOEMESH_THREADS" not in os.environ:
+            ours.setdefault("threads", str(threads_for(name, options, cores())))
         variables = {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
         local = {} if self.options.nats else {"UCX_NET_DEVICES": "lo"}  # nobody elsewhere can be part of this mesh
         return local | dict(os.environ) | variables

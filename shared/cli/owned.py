@@ -33,6 +33,13 @@ def remove_abandoned(prefix: str) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
+def living(prefix: str) -> list[Path]:
+    """This user's directories of `owned_directory` whose process is there, the newest first."""
+    mine = [d for d in Path(tempfile.gettempdir()).glob(prefix + "*") if d.stat().st_uid == os.getuid()]
+    there = [d for d in mine if (d / OWNER).exists() and not _abandoned(d)]
+    return sorted(there, key=lambda directory: -directory.stat().st_mtime)
+
+
 def _abandoned(directory: Path) -> bool:
     try:
         with (directory / OWNER).open() as owner:

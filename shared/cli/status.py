@@ -9,20 +9,25 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.bus import Bus
+from shared.cli.mesh import local_nats
 from shared.errors import MoemeshError
 from shared.membership import Member, Members
 from shared.messages import Placement, Subjects
 
+DEFAULT_NATS = "nats://127.0.0.1:4222"
 LISTEN_S = 1.5
 """Longer than a heartbeat interval, so that everybody alive was heard."""
 
 
 def status(
-    nats: Annotated[str, typer.Option(envvar="MOEMESH_NATS", help="URL of the NATS server")] = "nats://127.0.0.1:4222",
+    nats: Annotated[
+        str, typer.Option(envvar="MOEMESH_NATS", help="URL of the NATS server; else that of `moemesh up`, or port 4222")
+    ] = "",
     mesh: Annotated[str, typer.Option(envvar="MOEMESH_MESH", help="name of the mesh")] = "default",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show the instances of a mesh and its placement."""
+    nats = nats or local_nats(mesh) or DEFAULT_NATS
     members, placement = asyncio.run(look(nats, mesh))
     if not members:
         raise MoemeshError(f"no instance of mesh {mesh!r} answers on {nats}; is it up? (moemesh up)")
@@ -100,7 +105,8 @@ def print_report(report: dict[str, Any], out: Console) -> None:
             f"placement {placement['version']} by {placement['author']} ({placement['reason']}): "
             f"{placement['layers']} layers x {placement['experts_per_layer']} experts"
         )
-    table = Table("instance", "state", "node", "device", "serves", "url", box=None, header_style="bold")
+    table = Table("instance", "state", "node", "device", "serves", box=None, header_style="bold")
+    table.add_column("url", no_wrap=True, min_width=max((len(row["url"]) for row in report["instances"]), default=0))
     for row in report["instances"]:
         table.add_row(row["id"], row["state"], row["node"][:12], row["device"], serves(row, placement), row["url"])
     out.print(table)

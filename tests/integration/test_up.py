@@ -80,6 +80,10 @@ def test_up_prints_one_ready_line_serves_and_stops_with_status_zero(number: sign
         assert answer.status_code == 200
         below = descendants(process.pid)
         assert len(below) >= 6
+        seen = subprocess.run(
+            [sys.executable, "-m", "shared.cli.main", "status", "--json"], capture_output=True, text=True, timeout=60
+        )
+        assert sorted(i["state"] for i in json.loads(seen.stdout)["instances"]) == ["ready"] * 5
         process.send_signal(number)
         assert process.wait(STOP_LIMIT_S) == 0
         assert process.stdout is not None
