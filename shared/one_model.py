@@ -35,8 +35,8 @@ async def check_model(model: ModelFacts, joined: bool, members: Members, bus: Bu
     ready = [m for m in members.all() if m.ready and m.heartbeat.model]
     if not ruled_out_by(model, False, ready, None):
         return  # the usual case: nobody serves anything else
-    stored = await read_placement(await bus.store(members.subjects.bucket))
-    other = ruled_out_by(model, joined, ready, stored[0].digest if stored else None)
+    stored, _ = await read_placement(await bus.store(members.subjects.bucket))
+    other = ruled_out_by(model, joined, ready, stored.digest if stored else None)
     if other and other.heartbeat.model:
         theirs = other.heartbeat.model
         raise ModelError(

@@ -35,10 +35,21 @@ def homes_array(placement: Placement) -> np.ndarray:
     return masks.reshape(shape)
 
 
-async def read_placement(store: Store) -> tuple[Placement, int] | None:
-    """The stored placement and its revision. Raises BusUnavailable, BadMessage."""
+async def read_placement(store: Store) -> tuple[Placement | None, int]:
+    """The stored placement and its revision, 0 when there is none. Raises BusUnavailable.
+
+    One that cannot be read is None too: the leading scheduler replaces it.
+    """
     found = await store.get(Subjects.PLACEMENT_KEY)
-    return (Placement.decode(found[0]), found[1]) if found else None
+    if found is None:
+        return None, 0
+    try:
+        placement = Placement.decode(found[0])
+        homes_array(placement)
+    except BadMessage as error:
+        log.warning("key %s of bucket %s holds no placement: %s", Subjects.PLACEMENT_KEY, store.bucket, error)
+        return None, found[1]
+    return placement, found[1]
 
 
 def has_loaded(placement: Placement, member: Member | None) -> bool:
@@ -91,15 +102,14 @@ class PlacementWatch:
             self._due.clear()
             try:
                 await self._read()
-            except (BusUnavailable, BadMessage) as error:
+            except BusUnavailable as error:
                 log.warning("placement not read, trying again: %s", error)
                 self._due.set()
                 await asyncio.sleep(RETRY_S)
 
     async def _read(self) -> None:
-        found = await read_placement(self._store)
-        if found and (self.current is None or found[0].version > self.current.version):
-            homes_array(found[0])  # a placement of the wrong size is refused here, once
-            self.current = found[0]
+        found, _ = await read_placement(self._store)
+        if found and (self.current is None or found.version > self.current.version):
+            self.current = found
             for callback in self._callbacks:
                 callback()

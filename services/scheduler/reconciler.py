@@ -113,9 +113,8 @@ class Reconciler:
     async def _round(self) -> None:
         """Renew the lease, read what is stored, and write what should follow, if we lead."""
         await self.leader.step()
-        stored = await read_placement(self._store)
+        placement, revision = await read_placement(self._store)
         newest = max(self._newest(), self.current.version if self.current else 0)
-        placement = stored[0] if stored else None
         self._remember(placement)
         epoch = self.leader.epoch
         if epoch is None or (placement and placement.epoch > epoch):
@@ -125,7 +124,7 @@ class Reconciler:
             self.state = "settling"
             return
         desired = self._desired(placement, epoch, newest)
-        if desired and await self._write(desired, stored[1] if stored else None):
+        if desired and await self._write(desired, revision):
             self._remember(desired)
             self.written += 1
             await self._instance.announce()
@@ -141,10 +140,10 @@ class Reconciler:
             return placement.model_copy(update={"epoch": epoch})
         return following
 
-    async def _write(self, placement: Placement, revision: int | None) -> bool:
+    async def _write(self, placement: Placement, revision: int) -> bool:
         """False when somebody else has written since it was read; the next round sees it."""
         value = placement.encode()
-        if revision is None:
+        if revision == 0:
             return await self._store.create(Subjects.PLACEMENT_KEY, value) is not None
         return await self._store.update(Subjects.PLACEMENT_KEY, value, revision) is not None
 

@@ -225,6 +225,23 @@ async def test_placement_goes_on_after_nats_was_killed(
     assert watch.current.version == 2
 
 
+@pytest.mark.parametrize("damage", [b"", b"no placement", "homes"])
+async def test_a_stored_placement_that_cannot_be_read_is_replaced(
+    config: MeshConfig, watch: PlacementWatch, bus: Bus, damage: bytes | str
+) -> None:
+    store = await bus.store(Subjects(config.mesh).bucket)
+    async with expert(replace(config, id="experts-a")):
+        async with scheduler(config, "scheduler-a") as task:
+            await until(authors(watch, "scheduler-a"))
+            value, revision = await store.get(Subjects.PLACEMENT_KEY) or (b"", 0)
+            short = Placement.decode(value).model_copy(update={"homes": b"x"}).encode()
+            await store.update(Subjects.PLACEMENT_KEY, damage if isinstance(damage, bytes) else short, revision)
+            version = watch.current.version if watch.current else 0
+            await until(lambda: watch.current is not None and watch.current.version > version)
+            assert not task.done()
+        assert instances(watch) == ("experts-a",)
+
+
 async def test_a_deposed_leader_cannot_write_after_its_successor_has_begun(
     config: MeshConfig, watch: PlacementWatch, bus: Bus, mesh: str
 ) -> None:
