@@ -112,5 +112,5 @@ def parse_bytes(name: str, text: str) -> int:
     unit = text.strip()[len(digits) :].lower()
     try:
         return int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError) as error:
+    except (ValueError, OverflowError, KeyError) as error:
         raise ConfigError(name, f"{text!r} is not a size; write 512MiB or 2GiB") from error

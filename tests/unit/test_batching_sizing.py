@@ -41,6 +41,7 @@ def test_the_longest_sequence_is_what_the_model_allows_unless_less_is_asked_for(
         ({"max_num_seqs": 600}, "--max-num-seqs", "do not fit --max-batched-tokens 512"),
         ({"block_size": 0}, "--block-size", "less than 1"),
         ({"kv_memory": "much"}, "--kv-memory", "not a size"),
+        ({"kv_memory": "1e400"}, "--kv-memory", "not a size"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(changes, setting, words):
