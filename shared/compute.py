@@ -5,6 +5,7 @@ What is built on it is the services' own (``services/*/build.py``).
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, MutableMapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shared.config import MeshConfig
+from shared.config import MeshConfig, parse_cores
 from shared.devices import LEASE_BUCKET, LEASE_TTL_S, CudaDevices, lease_device
+from shared.errors import ConfigError
 from shared.kernels.threads import thread_environment
 from shared.lifecycle import Instance, run
 from shared.messages import Kind
+from shared.priority import yield_to_others
 
 if TYPE_CHECKING:  # torch and numba read an environment that `run_compute` has to set first
     import torch
@@ -73,26 +76,38 @@ async def compute_side(kind: Kind, config: MeshConfig, threads: int) -> AsyncIte
         owner = f"{instance.id} {instance.incarnation:x}"
         open_store = partial(instance.bus.store, LEASE_BUCKET, LEASE_TTL_S)
         async with lease_device(config.device, instance.node, owner, CudaDevices(), open_store) as device:
-            yield await _open(instance, device, config.model, threads)
+            yield await _open(instance, device, config.model, config.cores, threads)
 
 
-async def _open(instance: Instance, device: str, model: str, threads: int) -> ComputeSide:
+async def _open(instance: Instance, device: str, model: str, cores: str, threads: int) -> ComputeSide:
     import torch
 
     from shared.models.loader import open_checkpoint
 
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, "compute")
+    await loop.run_in_executor(executor, _settle, parse_cores("--cores", cores))
+    yield_to_others(threading.get_native_id())
     await instance.say("opening the model")
     checkpoint = await loop.run_in_executor(executor, open_checkpoint, model)
     await instance.join(checkpoint.facts())
     return ComputeSide(instance, torch.device(device), threads, checkpoint, executor, loop)
 
 
+def _settle(cores: set[int]) -> None:
+    """Keep this thread, and those that it will start, on these cores; anywhere when there are none."""
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise ConfigError("--cores", f"{sorted(cores)}: this process may not run there") from error
+
+
 def run_compute(
     serve: Callable[[C, int], Coroutine[Any, Any, None]], config: C, environ: MutableMapping[str, str]
 ) -> int:
     """Set the environment for the compute threads, run ``serve(config, threads)``; returns the exit status."""
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or len(parse_cores("--cores", config.cores) or os.sched_getaffinity(0))
     environ.update(thread_environment(threads, environ))
     return run(serve(config, threads), config)

@@ -32,6 +32,7 @@ class MeshConfig:
     model: str = setting("", "checkpoint directory or hub id; empty: the embedded demo model")
     device: str = setting("auto", "torch device: auto, cpu, cuda, cuda:1")
     threads: int = setting(0, "compute threads; 0: all cores")
+    cores: str = setting("", "cores of the compute threads, e.g. 0,2-3; empty: whichever is free")
     metrics_host: str = setting("127.0.0.1", "address of the HTTP side (/metrics, /health, /ready)")
     metrics_port: int = setting(0, "port of the HTTP side; 0: any free port")
     otlp_endpoint: str = setting("", "OTLP/HTTP endpoint for traces, e.g. http://collector:4318; empty: no export")
@@ -101,6 +102,15 @@ def load_config(cls: type[C], environ: Mapping[str, str], flags: Mapping[str, An
         except ValidationError as error:
             raise ConfigError(name, f"{raw!r}: {error.errors()[0]['msg'].lower()}") from error
     return cls(**values)
+
+
+def parse_cores(name: str, text: str) -> set[int]:
+    """``"0,2-3"`` -> {0, 2, 3}; empty for none. Raises ConfigError for the setting ``name``."""
+    try:
+        ranges = [part.split("-") for part in text.split(",") if part.strip()]
+        return {core for ends in ranges for core in range(int(ends[0]), int(ends[-1]) + 1)}
+    except ValueError as error:
+        raise ConfigError(name, f"{text!r} is not a list of cores like 0,2-3") from error
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shared.errors import MoemeshError
+from shared.priority import yield_to_others
 
 LAST_LINES = 15
 RESTART_WAIT_S = 0.5
@@ -41,6 +42,7 @@ class Child:
     environ: Mapping[str, str]
     on_line: Callable[[str, str], None]
     """Called with (name, line) for every line of the child's stderr."""
+    niceness: int = 0
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     process: Process | None = None
     restarts: int = 0
@@ -57,6 +59,8 @@ class Child:
             env=dict(self.environ),
             start_new_session=True,
         )
+        if self.niceness:
+            yield_to_others(self.process.pid, self.niceness)
         self._task = asyncio.create_task(self._read(self.process))
 
     async def _read(self, process: Process) -> None:

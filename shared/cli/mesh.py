@@ -20,6 +20,7 @@ from shared.errors import MoemeshError
 from shared.membership import Members
 from shared.messages import Heartbeat, Kind
 from shared.nats_server import NatsServer
+from shared.priority import CONTROL_NICENESS
 
 NATS_DIRECTORY, ADDRESS = "moemesh-nats-", "address"
 """Temporary directories of NATS servers of ours, and the file there with mesh and URL."""
@@ -100,6 +101,7 @@ class LocalMesh:
             (store / ADDRESS).write_text(f"{self.options.mesh}\n{self.nats_url}\n")
         for name, argv in service_arguments(self.options).items():
             child = Child(name, [*self.options.python, "serve", *argv], self._environ(name), self._on_line)
+            child.niceness = 0 if name.startswith(("attention", "experts")) else CONTROL_NICENESS
             self.children[name] = child
             await child.start()
         await self._until_ready()
@@ -118,6 +120,8 @@ class LocalMesh:
         }
         if "MOEMESH_THREADS" not in os.environ:
             ours.setdefault("threads", str(threads_for(name, options, cores())))
+        if "MOEMESH_CORES" not in os.environ:
+            ours.setdefault("cores", cores_for(name, options, sorted(os.sched_getaffinity(0))))
         variables = {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
         local = {} if self.options.nats else {"UCX_NET_DEVICES": "lo"}  # nobody elsewhere can be part of this mesh
         return local | dict(os.environ) | variables
@@ -188,6 +192,20 @@ def threads_for(name: str, options: MeshOptions, cores: int) -> int:
     """Compute threads of a process: attention and experts take turns, so each pool may use every core."""
     instances = {"attention": options.attention, "experts": options.experts}.get(name.split("-")[0])
     return max(1, cores // instances) if instances else 1
+
+
+def cores_for(name: str, options: MeshOptions, cores: list[int]) -> str:
+    """Where a process's compute threads run: each expert instance on its share, so that they never queue for one core.
+
+    They all start at the same moment, while the attention instance still holds a core: the kernel would place two of
+    them on the other one.
+    """
+    kind, _, number = name.partition("-")
+    if kind != "experts":
+        return ""
+    share = max(1, len(cores) // options.experts)
+    first = int(number) * share % len(cores)
+    return ",".join(map(str, cores[first : first + share]))
 
 
 async def is_ready(client: httpx.AsyncClient, url: str) -> bool:

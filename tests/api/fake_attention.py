@@ -55,6 +55,8 @@ class Faults:
     """Position at which the instance vanishes without a word."""
     fail_at: int | None = None
     """Position at which a request ends with the error below."""
+    failures: int = 1000
+    """How many requests do so."""
     error: Decision = field(default_factory=lambda: Decision(ok=False, code="internal", message="secret detail"))
     silent_at: int | None = None
     """Position after which nothing is sent any more."""
@@ -208,7 +210,8 @@ class FakeAttention:
                 stop_token=tokens[end - 1] if stop else None,
                 prompt_logprobs=self._prompt_logprobs(work) if first == 0 else (),
             )
-            if self.faults.fail_at is not None and first >= self.faults.fail_at:
+            if self.faults.fail_at is not None and first >= self.faults.fail_at and self.faults.failures:
+                self.faults.failures -= 1
                 delta = delta.model_copy(update={"tokens": (), "finish": "error", "error": self.faults.error})
             work.deltas.append(delta)
             if self.faults.silent_at is None or first < self.faults.silent_at:
