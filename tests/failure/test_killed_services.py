@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import re
+import threading
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -49,13 +50,20 @@ async def pause(seconds: float) -> None:
 
 
 def streams(mesh: RunningMesh, count: int) -> list[concurrent.futures.Future[str]]:
-    """``count`` streamed completions, each on a thread; results are the joined texts or the error's text."""
-    pool = concurrent.futures.ThreadPoolExecutor(count)
-    return [pool.submit(joined_stream, mesh.url) for _ in range(count)]
+    """``count`` streamed completions that have begun, each on a thread; results are the joined texts."""
+    pool, begun = concurrent.futures.ThreadPoolExecutor(count), threading.Semaphore(0)
+    running = [pool.submit(joined_stream, mesh.url, begun) for _ in range(count)]
+    assert all(begun.acquire(timeout=120) for _ in running), "a stream did not begin"
+    return running
 
 
-def joined_stream(url: str) -> str:
-    return "".join(stream_completion(url, dict(BODY)))
+def joined_stream(url: str, begun: threading.Semaphore) -> str:
+    pieces = stream_completion(url, dict(BODY))
+    try:
+        first = next(pieces)
+    finally:
+        begun.release()
+    return first + "".join(pieces)
 
 
 def test_killing_one_of_two_homes_changes_no_byte(mesh: RunningMesh, expected: str) -> None:
