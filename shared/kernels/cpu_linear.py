@@ -25,7 +25,7 @@ from shared.kernels.simd import LANES, TILE_ROWS
 from shared.kernels.tiles import dot_block, widen
 
 STREAMS = 4
-"""A work item reads so many places of a matrix side by side, each in order: twice the bandwidth of one place."""
+"""A work item reads so many places of a matrix side by side, each in order: prefetchers of the hardware follow each."""
 WIDE_ITEM, NARROW_ITEM = 64, 16
 """Output columns of a work item; the narrow one when there would be too few for all threads."""
 PANEL_ROWS = 16
@@ -88,15 +88,13 @@ def new_block(rows, width):
     return np.empty((rows, width + STREAMS), np.float32)
 
 
-def _widen(w, kind, columns, depth, wide):
+@helper
+def _widen_columns(w, kind, columns, depth, wide):
     brain, half = view2(w, 1, depth, BF16), view2(w, 1, depth, FP16)
     for near in range(0, depth, _STRETCH):
         for n in range(len(columns)):
             for k in range(near, min(near + _STRETCH, depth)):
                 wide[n, k] = widen(brain[columns[n], k]) if kind == KIND_BF16 else widen(half[columns[n], k])
-
-
-_widen_columns = helper(_widen)
 
 
 def _project(x, numbers, rows, w, kind, columns, cols, depth, panel, y, stride):

@@ -8,6 +8,7 @@ number: 0 ended at once, below 0 failed at once, anything else has to be shown t
 import ctypes
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from shared.kernels.jit import I64, call_native, helper, kernel, view1
@@ -106,3 +107,13 @@ def wait(api, worker, receives, sends, woken, until):
         if woken[0] or _time(api) >= until:
             return NOTHING
         call_native(api[_YIELD], (0,))
+
+
+def compile_functions() -> None:
+    """Compile all of these, or load them from the cache: the first frame must not wait for it."""
+    table, number = types.int64[::1], types.int64
+    send.compile((table, number, number, number, number))
+    receive.compile((table, number, number, number, number))
+    ended.compile((table, number))
+    cancel.compile((table, number, number))
+    wait.compile((table, number, table, table, table, number))

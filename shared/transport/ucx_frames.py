@@ -32,6 +32,7 @@ class Ucx:
         self.error: type[Exception] = libucxx.UCXError
         self._functions = ucp.Functions()
         self.functions = self._functions.table
+        ucp.compile_functions()
 
     def send(self, endpoint: int, memory: torch.Tensor, nbytes: int, tag: int) -> int:
         """Start sending the first bytes of a tensor on any device; it must stay alive until the request has ended."""

@@ -266,31 +266,6 @@ HUB: dict[str, tuple[dict[str, Any], float]] = {
         },
         106.852e9,
     ),
-    "ibm-granite/granite-3.0-1b-a400m-base": (
-        {
-            "model_type": "granitemoe",
-            "attention_bias": False,
-            "attention_multiplier": 0.015625,
-            "embedding_multiplier": 12.0,
-            "hidden_act": "silu",
-            "hidden_size": 1024,
-            "intermediate_size": 512,
-            "logits_scaling": 6.0,
-            "max_position_embeddings": 4096,
-            "num_attention_heads": 16,
-            "num_experts_per_tok": 8,
-            "num_hidden_layers": 24,
-            "num_key_value_heads": 8,
-            "num_local_experts": 32,
-            "residual_multiplier": 0.22,
-            "rms_norm_eps": 1e-6,
-            "rope_scaling": None,
-            "rope_theta": 10000,
-            "tie_word_embeddings": True,
-            "vocab_size": 49155,
-        },
-        1.3346e9,
-    ),
 }
 
 
