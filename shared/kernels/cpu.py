@@ -14,11 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.kernels import cpu_attention, cpu_elementwise, cpu_experts, cpu_linear, cpu_mla, cpu_router
+from shared.kernels import (
+    amx,
+    amx_blocks,
+    cpu_amx,
+    cpu_amx_experts,
+    cpu_attention,
+    cpu_elementwise,
+    cpu_experts,
+    cpu_linear,
+    cpu_mla,
+    cpu_router,
+)
 from shared.kernels.base import ExpertTable, Paged, Visibility
 from shared.kernels.cache import compile_once
 from shared.kernels.cpu_checks import expect, head_strides, is_plain, weight_kind
 from shared.kernels.cpu_rowwise import RowKernels
+from shared.kernels.jit import KIND_BF16
 from shared.models.spec import RouterSpec
 
 _ACTIVATIONS = {
@@ -52,13 +64,16 @@ class CpuKernels(RowKernels):
 
     Args:
         threads: compute threads; 0 = as many as ``NUMBA_NUM_THREADS`` allows.
+        tiles: multiply bf16 weights on AMX tiles where there are some. Results differ in their last bits from those of
+            CPUs without tiles.
 
     Methods raise ValueError for shapes that do not fit and TypeError for dtypes that are not taken.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, tiles: bool = True) -> None:
         limit = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(threads, limit) if threads > 0 else limit
+        self.tiles = tiles and amx.available()
         torch.set_num_threads(self.threads)
         directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         compile_once(Path(directory) if directory else None, self.compile)
@@ -68,12 +83,20 @@ class CpuKernels(RowKernels):
         return cpu_linear.compile_project()
 
     @cached_property
+    def _tiled_routines(self) -> tuple[Any, ...]:
+        return amx_blocks.compile_routines()
+
+    @cached_property
+    def _tile_routines(self) -> tuple[int, ...]:
+        return tuple(routine.address for routine in self._tiled_routines)
+
+    @cached_property
     def _attend(self) -> Any:
         return cpu_attention.compile_attend()
 
     def compile(self) -> None:
         """Compile every kernel, or load it from the cache: a first call takes no longer than any other after this."""
-        x, weight = torch.zeros(2, 16), torch.zeros(16, 16, dtype=torch.bfloat16)
+        x, weight, plain = torch.zeros(2, 16), torch.zeros(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
         norm, positions, pair = torch.ones(16), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1)
         cache, slots = torch.zeros(1, 1, 1, 16), torch.zeros(2, dtype=torch.int64)
         heads, at = x.view(2, 1, 16), Paged(positions.view(2, 1), positions, positions)
@@ -85,6 +108,7 @@ class CpuKernels(RowKernels):
         self.clip(x, 1.0)
         self.copy(heads, heads)
         self.linear(x, weight)
+        self.linear(x, plain)
         self.head_linear(heads, weight.view(1, 16, 16), heads)
         self.rms_norm(x, norm, 1e-6)
         self.layer_norm(x, norm, norm, 1e-6)
@@ -92,8 +116,9 @@ class CpuKernels(RowKernels):
         self.store_kv(cache, heads, slots)
         self.attention(heads, (cache, cache), at, Visibility(1.0), torch.empty(2, 16))
         self.route(x, weight, RouterSpec(experts=16, top_k=2))
-        table = self.expert_table({0: (weight, weight, weight)})
-        self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
+        for matrix in (weight, plain):
+            table = self.expert_table({0: (matrix, matrix, matrix)})
+            self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -105,19 +130,13 @@ class CpuKernels(RowKernels):
         expect(weight.is_contiguous(), "weights must be contiguous")
         out = self._output(out, (rows, cols))
         offsets = None if bias is None else self._plain(bias)
-        self._do(
-            cpu_linear.linear,
-            self._threads(rows * depth * cols),
-            self._project.address,
-            x.data_ptr(),
-            weight.data_ptr(),
-            weight_kind(weight),
-            0 if offsets is None else offsets.data_ptr(),
-            out.data_ptr(),
-            rows,
-            depth,
-            cols,
-        )
+        kind, threads = weight_kind(weight), self._threads(rows * depth * cols)
+        read, sizes = (x.data_ptr(), weight.data_ptr()), (rows, depth, cols)
+        written = (0 if offsets is None else offsets.data_ptr(), out.data_ptr())
+        if self._tiled(kind):
+            self._do(cpu_amx.linear, threads, self._tile_routines, *read, *written, *sizes)
+        else:
+            self._do(cpu_linear.linear, threads, self._project.address, *read, kind, *written, *sizes)
         return out
 
     def head_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -234,11 +253,16 @@ class CpuKernels(RowKernels):
         addresses = (*tensors, table.addresses.ctypes.data, out.data_ptr())
         sizes = (x.shape[0], table.hidden, table.expert_hidden, parts, len(table.addresses))
         threads = self._threads(3 * parts * table.hidden * table.expert_hidden)
-        done = self._do(
-            cpu_experts.experts, threads, self._project.address, addresses, sizes, table.kind, _ACTIVATIONS[activation]
-        )
+        kind = _ACTIVATIONS[activation]
+        if self._tiled(table.kind):
+            done = self._do(cpu_amx_experts.experts, threads, self._tile_routines, addresses, sizes, kind)
+        else:
+            done = self._do(cpu_experts.experts, threads, self._project.address, addresses, sizes, table.kind, kind)
         expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out
+
+    def _tiled(self, kind: int) -> bool:
+        return self.tiles and kind == KIND_BF16
 
     def _threads(self, work: int) -> int:
         """Threads for so many multiplications."""

@@ -14,7 +14,7 @@ from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, ta
 
 
 @helper
-def _segments(ids):
+def segments(ids):
     """Where each run of equal ids starts, and the end."""
     starts = np.empty(len(ids) + 1, np.int64)
     count = 0
@@ -90,7 +90,7 @@ def _down(counter, project, hidden, numbers, ids, starts, table, kind, out, widt
 
 
 @helper
-def _valid(tokens, ids, rows, table):
+def valid(tokens, ids, rows, table):
     for p in range(len(ids)):
         if tokens[p] < 0 or tokens[p] >= rows or ids[p] < 0 or ids[p] >= len(table):
             return False
@@ -110,9 +110,9 @@ def experts(threads, project, addresses, sizes, kind, activation):
     x, out = view2(addresses[0], rows, width, FP32), view2(addresses[4], count, width, FP32)
     tokens, ids = view1(addresses[1], count, I32), view1(addresses[2], count, I32)
     table = view2(addresses[3], known, 6, I64)
-    if not _valid(tokens, ids, rows, table):
+    if not valid(tokens, ids, rows, table):
         return False
-    starts, parts = _segments(ids), sequence(count)
+    starts, parts = segments(ids), sequence(count)
     wide, narrow = item_width(inner, len(starts) - 1, threads), item_width(width, len(starts) - 1, threads)
     hidden, first, second = np.empty((count, inner), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64)
     if threads == 1:

@@ -43,7 +43,7 @@ class Emitter:
         return ir.Constant(_FLOATS, [value] * LANES)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self._call(f"llvm.fma.v{LANES}f32", _FLOATS, a, b, c)
+        return self.call(f"llvm.fma.v{LANES}f32", _FLOATS, a, b, c)
 
     def splat(self, scalar: Any) -> Any:
         """One value in all lanes."""
@@ -68,16 +68,16 @@ class Emitter:
         wide = self.builder.zext(self._load(pointer, ir.IntType(16), mask), _INTS)
         return self.builder.bitcast(self.builder.shl(wide, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
 
-    def prefetch(self, pointer: Any) -> None:
-        """Ask for the cache line at an address, which may be any."""
-        read, keep, data = (ir.Constant(I32, flag) for flag in (0, 3, 1))
-        self._call("llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+    def prefetch(self, pointer: Any, far: bool = False) -> None:
+        """Ask for the cache line at an address, which may be any; ``far``: into the second-level cache only."""
+        read, keep, data = (ir.Constant(I32, flag) for flag in (0, 2 if far else 3, 1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
     def store(self, vector: Any, pointer: Any, mask: Any) -> None:
         """Write the fp32 lanes in ``mask``."""
         pointer = self.builder.bitcast(pointer, _FLOATS.as_pointer())
         name = f"llvm.masked.store.v{LANES}f32.p0"
-        self._call(name, ir.VoidType(), vector, pointer, ir.Constant(I32, 4), mask)
+        self.call(name, ir.VoidType(), vector, pointer, ir.Constant(I32, 4), mask)
 
     def store_part(self, vector: Any, first: int, count: int, pointer: Any) -> None:
         """Write lanes first .. first + count - 1 side by side."""
@@ -146,9 +146,9 @@ class Emitter:
         if mask is None:
             return self.builder.load(pointer, align=2)
         name = f"llvm.masked.load.v{LANES}{element.intrinsic_name}.p0"
-        return self._call(name, vector, pointer, ir.Constant(I32, 2), mask, ir.Constant(vector, [0] * LANES))
+        return self.call(name, vector, pointer, ir.Constant(I32, 2), mask, ir.Constant(vector, [0] * LANES))
 
-    def _call(self, name: str, result: Any, *args: Any) -> Any:
+    def call(self, name: str, result: Any, *args: Any) -> Any:
         """Call an LLVM intrinsic by its full name (llvmlite cannot spell the names of vector types)."""
         kind = ir.FunctionType(result, [arg.type for arg in args])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), args)

@@ -20,9 +20,9 @@ sizes = st.integers(1, 70)
 seeds = st.integers(0, 1000)
 
 
-@pytest.fixture(scope="module")
-def cpu() -> CpuKernels:
-    return CpuKernels(2)
+@pytest.fixture(scope="module", params=[True, False], ids=["tiles", "plain"])
+def cpu(request: pytest.FixtureRequest) -> CpuKernels:
+    return CpuKernels(2, request.param)
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -45,6 +45,13 @@ def test_linear_is_the_reference(
 def test_linear_is_the_reference_with_many_rows(cpu: CpuKernels, dtype: torch.dtype) -> None:
     x, weight = normal(203, 300, seed=0), normal(130, 300, seed=1, dtype=dtype)
     assert_close(cpu.linear(x, weight), REFERENCE.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+def test_linear_with_bf16_weights_is_precise(cpu: CpuKernels, rows: int) -> None:
+    x, weight = normal(rows, 1000, seed=0) * 10.0 ** normal(rows, 1000, seed=2), normal(70, 1000, seed=1).bfloat16()
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    assert ((cpu.linear(x, weight).double() - exact).abs() <= 2.0**-20 * size).all()
 
 
 def test_linear_takes_rows_that_are_not_contiguous(cpu: CpuKernels) -> None:

@@ -20,14 +20,20 @@ seeds = st.integers(0, 1000)
 dtypes = pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 
 
-@pytest.fixture(scope="module")
-def one() -> CpuKernels:
-    return CpuKernels(1)
+@pytest.fixture(scope="module", params=[True, False], ids=["tiles", "plain"])
+def tiles(request: pytest.FixtureRequest) -> bool:
+    """bf16 weights on AMX tiles where this CPU has them, and without."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def two() -> CpuKernels:
-    return CpuKernels(2)
+def one(tiles: bool) -> CpuKernels:
+    return CpuKernels(1, tiles)
+
+
+@pytest.fixture(scope="module")
+def two(tiles: bool) -> CpuKernels:
+    return CpuKernels(2, tiles)
 
 
 @dtypes

@@ -1,0 +1,184 @@
+"""The grouped feed-forward of one layer's experts on CPU with AMX tiles: ``cpu_experts`` for CPUs that have them.
+
+Three passes, each over work items that threads take in turn: pack the rows of every expert; gate, up and activation,
+whose results are packed where they are made; down.
+"""
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
+
+import numba
+import numpy as np
+
+from shared.kernels.amx import DEPTH, PARTS, TILE, release
+from shared.kernels.amx_blocks import (
+    STREAMS,
+    block_columns,
+    breadth,
+    depth_steps,
+    item_count,
+    item_tile,
+    new_block,
+    new_products,
+    new_shapes,
+    packed_bytes,
+    set_shapes,
+    sum_parts,
+)
+from shared.kernels.cpu_amx import add_bias, find_next, find_tiles, new_spare, new_tiles
+from shared.kernels.cpu_elementwise import activate
+from shared.kernels.cpu_experts import segments, valid
+from shared.kernels.jit import FP32, I32, I64, call, helper, parallel_kernel, take_next, view1, view2
+from shared.kernels.tiles import bits_of, from_bits
+
+
+@helper
+def _offsets(starts, depth):
+    """Where the packed rows of each segment begin, in bytes, and where the last ones end."""
+    offsets = np.zeros(len(starts), np.int64)
+    for s in range(len(starts) - 1):
+        offsets[s + 1] = offsets[s] + packed_bytes(starts[s + 1] - starts[s], depth)
+    return offsets
+
+
+@helper
+def _pack_segments(counter, routine, x, depth, tokens, starts, offsets, packed):
+    while True:
+        segment = take_next(counter)
+        if segment >= len(starts) - 1:
+            return
+        numbers = tokens[starts[segment] : starts[segment + 1]]
+        for first in range(0, len(numbers), TILE):
+            target = packed.ctypes.data + offsets[segment] + packed_bytes(first, depth)
+            call(routine, (x, numbers[first:], min(TILE, len(numbers) - first), depth, target))
+
+
+@helper
+def _rounded(value):
+    """The bits of an fp32 rounded to bf16, as ``amx.split`` does it."""
+    return np.int32(bits_of(value) + np.int32(32768)) & np.int32(-65536)
+
+
+@helper
+def _pack_hidden(hidden, item, count, cols, out):
+    """Pack products [2 tiles, 16, rows of the block] of an item, which are columns of rows of ``cols``, at ``out``."""
+    wide, columns, half = breadth(count), block_columns(count), TILE // 2
+    packed = view1(out, depth_steps(cols) * TILE * columns, I32)
+    for stream in range(STREAMS):
+        tile = item_tile(item, stream, cols)
+        for pair in range(half if tile * TILE < cols else 0):
+            low = (stream * TILE + 2 * pair) * wide
+            target = (tile // 2 * TILE + tile % 2 * half + pair) * columns
+            for t in range(wide):
+                first, second = hidden[low + t], hidden[low + wide + t]
+                for p in range(PARTS):
+                    upper, other = _rounded(first), _rounded(second)
+                    packed[target + p * wide + t] = ((upper >> np.int32(16)) & np.int32(65535)) | other
+                    first, second = first - from_bits(upper), second - from_bits(other)
+
+
+@helper
+def _add_item_bias(bias, item, count, cols, block):
+    offsets, wide = view1(bias, cols, FP32), breadth(count)
+    for stream in range(STREAMS if bias else 0):
+        first = item_tile(item, stream, cols) * TILE
+        for n in range(min(TILE, max(0, cols - first))):
+            for t in range(wide):
+                block[(stream * TILE + n) * wide + t] += offsets[first + n]
+
+
+@helper
+def _gate_up(counter, multiply, packed, inputs, ids, starts, table, activation, depth, hidden, outputs, cols):
+    """hidden = activation(gate x) * (up x), packed; inputs and outputs say where each segment begins."""
+    each = item_count(cols)
+    total = (len(starts) - 1) * each
+    shapes, products, spare, spare_up, gates, ups = (
+        new_shapes(),
+        new_products(),
+        new_spare(cols, depth),
+        new_spare(cols, depth),
+        new_block(),
+        new_block(),
+    )
+    gate_tiles, up_tiles, gate_next, up_next = new_tiles(), new_tiles(), new_tiles(), new_tiles()
+    following = take_next(counter)
+    while following < total:
+        number, following = following, take_next(counter)
+        segment, item, after = number // each, number % each, min(following, total - 1)
+        expert, soon = ids[starts[segment]], ids[starts[after // each]]
+        find_tiles(table[expert, 0], item, cols, depth, spare, gate_tiles)
+        find_tiles(table[expert, 1], item, cols, depth, spare_up, up_tiles)
+        find_next(table[expert, 1], item, cols, depth, up_next)
+        find_next(table[soon, 0], after % each, cols, depth, gate_next)
+        rows = starts[segment + 1] - starts[segment]
+        for first in range(0, rows, TILE):
+            count = min(TILE, rows - first)
+            right = packed.ctypes.data + inputs[segment] + packed_bytes(first, depth)
+            set_shapes(shapes, count)
+            call(multiply, (gate_tiles, up_next, right, count, depth, products))
+            sum_parts(products, count, gates)
+            call(multiply, (up_tiles, gate_next, right, count, depth, products))
+            sum_parts(products, count, ups)
+            _add_item_bias(table[expert, 3], item, count, cols, gates)
+            _add_item_bias(table[expert, 4], item, count, cols, ups)
+            used = STREAMS * TILE * breadth(count)
+            activate(gates[:used], ups[:used], activation)
+            _pack_hidden(gates, item, count, cols, hidden.ctypes.data + outputs[segment] + packed_bytes(first, cols))
+            up_next[0] = gate_next[0] = 0
+    release()
+
+
+@helper
+def _down(counter, routines, packed, inputs, ids, starts, table, depth, out, cols):
+    """out[p] = down hidden[p] for every part p; inputs says where each segment of packed hidden begins."""
+    each, (_, multiply, store) = item_count(cols), routines
+    total, spare, block = (len(starts) - 1) * each, new_spare(cols, depth), new_block()
+    tiles, ahead, shapes, products = new_tiles(), new_tiles(), new_shapes(), new_products()
+    following = take_next(counter)
+    while following < total:
+        number, following = following, take_next(counter)
+        segment, item, after = number // each, number % each, min(following, total - 1)
+        expert, soon = ids[starts[segment]], ids[starts[after // each]]
+        find_tiles(table[expert, 2], item, cols, depth, spare, tiles)
+        find_next(table[soon, 2], after % each, cols, depth, ahead)
+        rows = starts[segment + 1] - starts[segment]
+        for first in range(0, rows, TILE):
+            count, target = min(TILE, rows - first), out + (starts[segment] + first) * cols * 4
+            right = packed.ctypes.data + inputs[segment] + packed_bytes(first, depth)
+            set_shapes(shapes, count)
+            call(multiply, (tiles, ahead, right, count, depth, products))
+            sum_parts(products, count, block)
+            call(store, (block, item, count, target, cols))
+            add_bias(table[expert, 5], item, count, target, cols)
+            ahead[0] = 0
+    release()
+
+
+@parallel_kernel
+def experts(threads, routines, addresses, sizes, activation):
+    """See ``Kernels.experts`` and ``cpu_experts.experts``: the same arguments, bf16 weights."""
+    rows, width, inner, count, known = sizes
+    x, out = addresses[0], addresses[4]
+    tokens, ids = view1(addresses[1], count, I32), view1(addresses[2], count, I32)
+    table = view2(addresses[3], known, 6, I64)
+    if not valid(tokens, ids, rows, table):
+        return False
+    starts, counters = segments(ids), np.zeros((3, 1), np.int64)
+    inputs, outputs = _offsets(starts, width), _offsets(starts, inner)
+    packed, hidden = np.empty(inputs[-1], np.uint8), np.empty(outputs[-1], np.uint8)
+    if inner % DEPTH:
+        hidden[:] = 0
+    if threads == 1:
+        _pack_segments(counters[0], routines[0], x, width, tokens, starts, inputs, packed)
+        _gate_up(
+            counters[1], routines[1], packed, inputs, ids, starts, table, activation, width, hidden, outputs, inner
+        )
+        _down(counters[2], routines, hidden, outputs, ids, starts, table, inner, out, width)
+    else:
+        for _ in numba.prange(threads):
+            _pack_segments(counters[0], routines[0], x, width, tokens, starts, inputs, packed)
+        for _ in numba.prange(threads):
+            _gate_up(
+                counters[1], routines[1], packed, inputs, ids, starts, table, activation, width, hidden, outputs, inner
+            )
+        for _ in numba.prange(threads):
+            _down(counters[2], routines, hidden, outputs, ids, starts, table, inner, out, width)
+    return True
