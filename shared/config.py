@@ -44,7 +44,9 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig(MeshConfig):
-    dtype: str = setting("auto", "compute and KV dtype: auto (cpu: float32, cuda: the checkpoint's), float32, bfloat16")
+    dtype: str = setting(
+        "auto", "compute dtype: auto (the checkpoint's), float32, bfloat16; must be the same in both pools"
+    )
     max_model_len: int = setting(0, "longest sequence in tokens; 0: what the model allows")
     max_num_seqs: int = setting(64, "most sequences in one step")
     max_batched_tokens: int = setting(512, "most rows in one step; longer prompts are prefilled in chunks")
@@ -60,7 +62,9 @@ class AttentionConfig(MeshConfig):
 class ExpertsConfig(MeshConfig):
     slots: int = setting(0, "most replicas on this instance; 0: no limit")
     max_batched_tokens: int = setting(512, "most rows in one exchange; must be the attention pool's")
-    dtype: str = setting("auto", "dtype of rows and weights; must be the attention pool's")
+    dtype: str = setting(
+        "auto", "compute dtype: auto (the checkpoint's), float32, bfloat16; must be the same in both pools"
+    )
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
 
 

@@ -22,7 +22,7 @@ from shared.compute import ComputeSide
 from shared.config import AttentionConfig
 from shared.kernels.base import Kernels, select_kernels
 from shared.models.decoder import Decoder
-from shared.models.precision import compute_dtype
+from shared.models.precision import choose_precision
 from shared.transport.base import Transport
 
 
@@ -44,8 +44,8 @@ class Built:
 def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     """Raises ConfigError, ModelError and TransportError."""
     checkpoint, device, spec = side.checkpoint, side.device, side.checkpoint.spec
-    dtype = compute_dtype(config.dtype, device, checkpoint)
-    kernels = select_kernels(device, side.threads)
+    precision = choose_precision(config.dtype, device, checkpoint)
+    dtype, kernels = precision.tensors, select_kernels(device, side.threads, precision.precise)
     side.say("mapping weights" if device.type == "cpu" else f"loading weights to {device}")
     decoder = Decoder(checkpoint, kernels, device, dtype, context_length(config, spec))
     limits = plan_limits(config, spec, decoder.bytes_per_block(config.block_size))

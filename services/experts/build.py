@@ -18,7 +18,7 @@ from shared.compute import ComputeSide
 from shared.config import ExpertsConfig
 from shared.kernels.base import select_kernels
 from shared.models.moe import MoeLayer
-from shared.models.precision import compute_dtype
+from shared.models.precision import choose_precision
 from shared.models.spec import ModelSpec
 from shared.transport.base import Transport
 
@@ -40,8 +40,8 @@ class Built:
 def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
     """Raises ModelError and TransportError."""
     checkpoint, device, spec = side.checkpoint, side.device, side.checkpoint.spec
-    dtype = compute_dtype(config.dtype, device, checkpoint)
-    kernels = select_kernels(device, side.threads)
+    precision = choose_precision(config.dtype, device, checkpoint)
+    dtype, kernels = precision.tensors, select_kernels(device, side.threads, precision.precise)
     side.say("loading gates")
     make = partial(MoeLayer, checkpoint, kernels, device, dtype)
     layers = {index: make(index) for index in spec.moe_layers}

@@ -1,13 +1,13 @@
-"""Matrix tiles of Intel AMX as numba intrinsics: products of bf16 weights with fp32 rows, without rounding the rows.
+"""Matrix tiles of Intel AMX as numba intrinsics: products of bf16 weights with fp32 rows.
 
-An fp32 number is the sum of three bf16 numbers: itself rounded, what is left rounded, and what is left then. So a row
-becomes three columns of bf16 *parts*; each is multiplied into an fp32 accumulator of its own, 32 elements of the depth
-at a time, and the three sums are added in the end. They depend on nothing but weights and row, whatever stands in the
-columns beside them: the order of operations of each output is fixed.
+An fp32 number is the sum of three bf16 numbers: itself rounded, what is left rounded, and what is left then. A row
+becomes three columns of such *parts*, so that nothing of it is lost, or the first one alone. Each column is multiplied
+into an fp32 accumulator of its own, 32 elements of the depth at a time, and the sums of a row's parts are added in the
+end. They depend on nothing but weights and row, whatever stands in the columns beside them: the order of operations of
+each output is fixed.
 
 Weights are the left tiles, 16 of their rows by 32 elements, read where they lie. Columns of parts are packed side by
-side as right tiles: [depth / 32] [16 pairs of elements] [columns] of two bf16 that follow each other in the depth. Up
-to five rows fit into one tile, up to ten into two, 16 into three.
+side as right tiles: [depth / 32] [16 pairs of elements] [columns] of two bf16 that follow each other in the depth.
 """
 # ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
@@ -31,7 +31,7 @@ DEPTH = 32
 """Elements of the depth in one tile."""
 LINE = 64
 """Bytes of a row of a tile."""
-PARTS = 3
+MOST_PARTS = 3
 LEFTS = 2
 """Left tiles that are multiplied side by side."""
 REGISTERS, LEFT, RIGHT = 8, 4, 6
@@ -186,12 +186,19 @@ def split(typing_context, source, out, apart):
         emit = Emitter(context, builder)
         source, out, apart = args
         values = [emit.load(_pointer(emit, emit.plus(source, skip)), types.float32) for skip in (0, LINE)]
-        upper, half = (ir.Constant(_INTS, [number] * LANES) for number in (-65536, 32768))
+        upper, below_half, one, sixteen = (ir.Constant(_INTS, [n] * LANES) for n in (-65536, 32767, 1, 16))
+
+        def rounded(value: Any) -> Any:
+            """To bf16, ties to even, in the upper half of 32 bits."""
+            bits = builder.bitcast(value, _INTS)
+            odd = builder.and_(builder.lshr(bits, sixteen), one)
+            return builder.and_(builder.add(bits, builder.add(odd, below_half)), upper)
+
         both = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
-        for p in range(PARTS):
-            bits = [builder.and_(builder.add(builder.bitcast(value, _INTS), half), upper) for value in values]
+        for p in range(MOST_PARTS):
+            bits = [rounded(value) for value in values]
             values = [builder.fsub(v, builder.bitcast(b, _FLOATS)) for v, b in zip(values, bits, strict=True)]
-            halves = [builder.trunc(builder.lshr(b, ir.Constant(_INTS, [16] * LANES)), _SHORTS) for b in bits]
+            halves = [builder.trunc(builder.lshr(b, sixteen), _SHORTS) for b in bits]
             pairs = builder.shuffle_vector(*halves, both)
             target = builder.bitcast(_at(emit, out, emit.number(p), apart), pairs.type.as_pointer())
             builder.store(pairs, target, align=4)

@@ -172,12 +172,12 @@ class Kernels(Protocol):
         ...
 
 
-def select_kernels(device: torch.device, threads: int) -> Kernels:
-    """The implementation for a device: numba on CPU, torch elsewhere."""
+def select_kernels(device: torch.device, threads: int, precise: bool = True) -> Kernels:
+    """The implementation for a device: numba on CPU, torch elsewhere. ``precise``: see ``CpuKernels``."""
     if device.type == "cpu":
         from shared.kernels.cpu import CpuKernels
 
-        return CpuKernels(threads)
+        return CpuKernels(threads, precise=precise)
     from shared.kernels.reference import ReferenceKernels
 
     return ReferenceKernels()

@@ -66,14 +66,16 @@ class CpuKernels(RowKernels):
         threads: compute threads; 0 = as many as ``NUMBA_NUM_THREADS`` allows.
         tiles: multiply bf16 weights on AMX tiles where there are some. Results differ in their last bits from those of
             CPUs without tiles.
+        precise: on tiles, use all of the rows that are multiplied; else they are rounded to bf16 for that.
 
     Methods raise ValueError for shapes that do not fit and TypeError for dtypes that are not taken.
     """
 
-    def __init__(self, threads: int, tiles: bool = True) -> None:
+    def __init__(self, threads: int, tiles: bool = True, precise: bool = True) -> None:
         limit = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(threads, limit) if threads > 0 else limit
         self.tiles = tiles and amx.available()
+        self._parts = amx.MOST_PARTS if precise else 1
         torch.set_num_threads(self.threads)
         directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         compile_once(Path(directory) if directory else None, self.compile)
@@ -123,6 +125,9 @@ class CpuKernels(RowKernels):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> fp32 [T, N]."""
+        return self._linear(x, weight, bias, out, self._parts)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, parts: int) -> Tensor:
         x = self._plain(x)
         (rows, depth), cols = x.shape, weight.shape[0]
         expect(weight.shape == (cols, depth), "weight {} for rows of {}", weight.shape, depth)
@@ -134,7 +139,7 @@ class CpuKernels(RowKernels):
         read, sizes = (x.data_ptr(), weight.data_ptr()), (rows, depth, cols)
         written = (0 if offsets is None else offsets.data_ptr(), out.data_ptr())
         if self._tiled(kind):
-            self._do(cpu_amx.linear, threads, self._tile_routines, *read, *written, *sizes)
+            self._do(cpu_amx.linear, threads, self._tile_routines, parts, *read, *written, *sizes)
         else:
             self._do(cpu_linear.linear, threads, self._project.address, *read, kind, *written, *sizes)
         return out
@@ -190,7 +195,7 @@ class CpuKernels(RowKernels):
         correction: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gate: (weights fp32 [T, k], ids int32 [T, k]), largest first, ties to the lowest id."""
-        logits = self.linear(x, weight, bias)
+        logits = self._linear(x, weight, bias, None, amx.MOST_PARTS)  # of scores close together the best must win
         rows, experts = logits.shape
         expect(router.score in cpu_router.SCORES, "gate score {!r} is unknown", router.score)
         eligible = experts // router.groups * router.top_groups
@@ -255,7 +260,7 @@ class CpuKernels(RowKernels):
         threads = self._threads(3 * parts * table.hidden * table.expert_hidden)
         kind = _ACTIVATIONS[activation]
         if self._tiled(table.kind):
-            done = self._do(cpu_amx_experts.experts, threads, self._tile_routines, addresses, sizes, kind)
+            done = self._do(cpu_amx_experts.experts, threads, self._tile_routines, self._parts, addresses, sizes, kind)
         else:
             done = self._do(cpu_experts.experts, threads, self._project.address, addresses, sizes, table.kind, kind)
         expect(done, "ids must be ascending and resident, tokens must be rows of x")

@@ -7,6 +7,9 @@ import numpy as np
 from shared.kernels.amx import DEPTH, TILE, release
 from shared.kernels.amx_blocks import (
     STREAMS,
+    block_columns,
+    block_rows,
+    breadth,
     depth_steps,
     item_count,
     item_tile,
@@ -79,17 +82,18 @@ def add_bias(bias, item, count, y, cols):
 
 
 @helper
-def _pack_all(me, threads, pack, x, rows, depth, packed):
-    numbers = sequence(rows)
-    for first in range(me * TILE, rows, threads * TILE):
-        target = packed.ctypes.data + packed_bytes(first, depth)
-        call(pack, (x, numbers[first:], min(TILE, rows - first), depth, target))
+def _pack_all(me, threads, pack, x, parts, rows, depth, packed):
+    numbers, most = sequence(rows), block_rows(parts)
+    for first in range(me * most, rows, threads * most):
+        target = packed.ctypes.data + packed_bytes(first, depth, parts)
+        call(pack, (x, numbers[first:], min(most, rows - first), depth, parts, target))
 
 
 @helper
-def _items(counter, routines, packed, w, bias, y, rows, depth, cols):
-    each, chunk = item_count(cols), max(1, CHUNK_BYTES // packed_bytes(TILE, depth)) * TILE
-    total, (_, multiply, store) = (rows + chunk - 1) // chunk * each, routines
+def _items(counter, routines, packed, parts, w, bias, y, rows, depth, cols):
+    each, most, (_, multiply, store) = item_count(cols), block_rows(parts), routines
+    chunk = max(1, CHUNK_BYTES // packed_bytes(most, depth, parts)) * most
+    total = (rows + chunk - 1) // chunk * each
     tiles, ahead, spare = new_tiles(), new_tiles(), new_spare(cols, depth)
     shapes, products, block = new_shapes(), new_products(), new_block()
     following = take_next(counter)
@@ -100,32 +104,32 @@ def _items(counter, routines, packed, w, bias, y, rows, depth, cols):
         find_next(w, following % each, cols, depth, ahead)
         if following >= total:
             ahead[0] = 0
-        for first in range(begin, min(begin + chunk, rows), TILE):
-            count, target = min(TILE, rows - first), y + first * cols * 4
-            right = packed.ctypes.data + packed_bytes(first, depth)
-            set_shapes(shapes, count)
-            call(multiply, (tiles, ahead, right, count, depth, products))
-            sum_parts(products, count, block)
-            call(store, (block, item, count, target, cols))
+        for first in range(begin, min(begin + chunk, rows), most):
+            count, target = min(most, rows - first), y + first * cols * 4
+            right, columns = packed.ctypes.data + packed_bytes(first, depth, parts), block_columns(count, parts)
+            set_shapes(shapes, columns)
+            call(multiply, (tiles, ahead, right, columns, depth, products))
+            sum_parts(products, count, parts, block)
+            call(store, (block, item, count, breadth(count, parts), target, cols))
             add_bias(bias, item, count, target, cols)
             ahead[0] = 0
     release()
 
 
 @parallel_kernel
-def linear(threads, routines, x, w, bias, y, rows, depth, cols):
+def linear(threads, routines, parts, x, w, bias, y, rows, depth, cols):
     """y [rows, cols] = x [rows, depth] @ w [cols, depth].T + bias; x, w (bf16), bias (or 0) and y are addresses.
 
-    routines: addresses of those of ``amx_blocks``.
+    routines: addresses of those of ``amx_blocks``; parts: of each row, 1 or 3.
     """
-    counter, packed = np.zeros(1, np.int64), np.empty(packed_bytes(rows, depth), np.uint8)
+    counter, packed = np.zeros(1, np.int64), np.empty(packed_bytes(rows, depth, parts), np.uint8)
     if threads == 1 or rows <= TILE:
-        _pack_all(0, 1, routines[0], x, rows, depth, packed)
+        _pack_all(0, 1, routines[0], x, parts, rows, depth, packed)
     else:
         for me in numba.prange(threads):
-            _pack_all(me, threads, routines[0], x, rows, depth, packed)
+            _pack_all(me, threads, routines[0], x, parts, rows, depth, packed)
     if threads == 1:
-        _items(counter, routines, packed, w, bias, y, rows, depth, cols)
+        _items(counter, routines, packed, parts, w, bias, y, rows, depth, cols)
     else:
         for _ in numba.prange(threads):
-            _items(counter, routines, packed, w, bias, y, rows, depth, cols)
+            _items(counter, routines, packed, parts, w, bias, y, rows, depth, cols)

@@ -8,10 +8,11 @@ whose results are packed where they are made; down.
 import numba
 import numpy as np
 
-from shared.kernels.amx import DEPTH, PARTS, TILE, release
+from shared.kernels.amx import DEPTH, TILE, release
 from shared.kernels.amx_blocks import (
     STREAMS,
     block_columns,
+    block_rows,
     breadth,
     depth_steps,
     item_count,
@@ -31,36 +32,38 @@ from shared.kernels.tiles import bits_of, from_bits
 
 
 @helper
-def _offsets(starts, depth):
+def _offsets(starts, depth, parts):
     """Where the packed rows of each segment begin, in bytes, and where the last ones end."""
     offsets = np.zeros(len(starts), np.int64)
     for s in range(len(starts) - 1):
-        offsets[s + 1] = offsets[s] + packed_bytes(starts[s + 1] - starts[s], depth)
+        offsets[s + 1] = offsets[s] + packed_bytes(starts[s + 1] - starts[s], depth, parts)
     return offsets
 
 
 @helper
-def _pack_segments(counter, routine, x, depth, tokens, starts, offsets, packed):
+def _pack_segments(counter, routine, x, parts, depth, tokens, starts, offsets, packed):
     while True:
         segment = take_next(counter)
         if segment >= len(starts) - 1:
             return
         numbers = tokens[starts[segment] : starts[segment + 1]]
-        for first in range(0, len(numbers), TILE):
-            target = packed.ctypes.data + offsets[segment] + packed_bytes(first, depth)
-            call(routine, (x, numbers[first:], min(TILE, len(numbers) - first), depth, target))
+        most = block_rows(parts)
+        for first in range(0, len(numbers), most):
+            target = packed.ctypes.data + offsets[segment] + packed_bytes(first, depth, parts)
+            call(routine, (x, numbers[first:], min(most, len(numbers) - first), depth, parts, target))
 
 
 @helper
 def _rounded(value):
-    """The bits of an fp32 rounded to bf16, as ``amx.split`` does it."""
-    return np.int32(bits_of(value) + np.int32(32768)) & np.int32(-65536)
+    """The bits of an fp32 rounded to bf16, ties to even, as ``amx.split`` does it."""
+    bits = bits_of(value)
+    return np.int32(bits + np.int32(32767) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
 
 
 @helper
-def _pack_hidden(hidden, item, count, cols, out):
+def _pack_hidden(hidden, parts, item, count, cols, out):
     """Pack products [2 tiles, 16, rows of the block] of an item, which are columns of rows of ``cols``, at ``out``."""
-    wide, columns, half = breadth(count), block_columns(count), TILE // 2
+    wide, columns, half = breadth(count, parts), block_columns(count, parts), TILE // 2
     packed = view1(out, depth_steps(cols) * TILE * columns, I32)
     for stream in range(STREAMS):
         tile = item_tile(item, stream, cols)
@@ -69,15 +72,15 @@ def _pack_hidden(hidden, item, count, cols, out):
             target = (tile // 2 * TILE + tile % 2 * half + pair) * columns
             for t in range(wide):
                 first, second = hidden[low + t], hidden[low + wide + t]
-                for p in range(PARTS):
+                for p in range(parts):
                     upper, other = _rounded(first), _rounded(second)
                     packed[target + p * wide + t] = ((upper >> np.int32(16)) & np.int32(65535)) | other
                     first, second = first - from_bits(upper), second - from_bits(other)
 
 
 @helper
-def _add_item_bias(bias, item, count, cols, block):
-    offsets, wide = view1(bias, cols, FP32), breadth(count)
+def _add_item_bias(bias, item, wide, cols, block):
+    offsets = view1(bias, cols, FP32)
     for stream in range(STREAMS if bias else 0):
         first = item_tile(item, stream, cols) * TILE
         for n in range(min(TILE, max(0, cols - first))):
@@ -86,7 +89,7 @@ def _add_item_bias(bias, item, count, cols, block):
 
 
 @helper
-def _gate_up(counter, multiply, packed, inputs, ids, starts, table, activation, depth, hidden, outputs, cols):
+def _gate_up(counter, multiply, parts, packed, inputs, ids, starts, table, activation, depth, hidden, outputs, cols):
     """hidden = activation(gate x) * (up x), packed; inputs and outputs say where each segment begins."""
     each = item_count(cols)
     total = (len(starts) - 1) * each
@@ -109,25 +112,27 @@ def _gate_up(counter, multiply, packed, inputs, ids, starts, table, activation, 
         find_next(table[expert, 1], item, cols, depth, up_next)
         find_next(table[soon, 0], after % each, cols, depth, gate_next)
         rows = starts[segment + 1] - starts[segment]
-        for first in range(0, rows, TILE):
-            count = min(TILE, rows - first)
-            right = packed.ctypes.data + inputs[segment] + packed_bytes(first, depth)
-            set_shapes(shapes, count)
-            call(multiply, (gate_tiles, up_next, right, count, depth, products))
-            sum_parts(products, count, gates)
-            call(multiply, (up_tiles, gate_next, right, count, depth, products))
-            sum_parts(products, count, ups)
-            _add_item_bias(table[expert, 3], item, count, cols, gates)
-            _add_item_bias(table[expert, 4], item, count, cols, ups)
-            used = STREAMS * TILE * breadth(count)
+        for first in range(0, rows, block_rows(parts)):
+            count = min(block_rows(parts), rows - first)
+            columns, wide = block_columns(count, parts), breadth(count, parts)
+            right = packed.ctypes.data + inputs[segment] + packed_bytes(first, depth, parts)
+            set_shapes(shapes, columns)
+            call(multiply, (gate_tiles, up_next, right, columns, depth, products))
+            sum_parts(products, count, parts, gates)
+            call(multiply, (up_tiles, gate_next, right, columns, depth, products))
+            sum_parts(products, count, parts, ups)
+            _add_item_bias(table[expert, 3], item, wide, cols, gates)
+            _add_item_bias(table[expert, 4], item, wide, cols, ups)
+            used = STREAMS * TILE * wide
             activate(gates[:used], ups[:used], activation)
-            _pack_hidden(gates, item, count, cols, hidden.ctypes.data + outputs[segment] + packed_bytes(first, cols))
+            target = hidden.ctypes.data + outputs[segment] + packed_bytes(first, cols, parts)
+            _pack_hidden(gates, parts, item, count, cols, target)
             up_next[0] = gate_next[0] = 0
     release()
 
 
 @helper
-def _down(counter, routines, packed, inputs, ids, starts, table, depth, out, cols):
+def _down(counter, routines, parts, packed, inputs, ids, starts, table, depth, out, cols):
     """out[p] = down hidden[p] for every part p; inputs says where each segment of packed hidden begins."""
     each, (_, multiply, store) = item_count(cols), routines
     total, spare, block = (len(starts) - 1) * each, new_spare(cols, depth), new_block()
@@ -140,20 +145,23 @@ def _down(counter, routines, packed, inputs, ids, starts, table, depth, out, col
         find_tiles(table[expert, 2], item, cols, depth, spare, tiles)
         find_next(table[soon, 2], after % each, cols, depth, ahead)
         rows = starts[segment + 1] - starts[segment]
-        for first in range(0, rows, TILE):
-            count, target = min(TILE, rows - first), out + (starts[segment] + first) * cols * 4
-            right = packed.ctypes.data + inputs[segment] + packed_bytes(first, depth)
-            set_shapes(shapes, count)
-            call(multiply, (tiles, ahead, right, count, depth, products))
-            sum_parts(products, count, block)
-            call(store, (block, item, count, target, cols))
+        for first in range(0, rows, block_rows(parts)):
+            count, target = min(block_rows(parts), rows - first), out + (starts[segment] + first) * cols * 4
+            right, columns = (
+                packed.ctypes.data + inputs[segment] + packed_bytes(first, depth, parts),
+                block_columns(count, parts),
+            )
+            set_shapes(shapes, columns)
+            call(multiply, (tiles, ahead, right, columns, depth, products))
+            sum_parts(products, count, parts, block)
+            call(store, (block, item, count, breadth(count, parts), target, cols))
             add_bias(table[expert, 5], item, count, target, cols)
             ahead[0] = 0
     release()
 
 
 @parallel_kernel
-def experts(threads, routines, addresses, sizes, activation):
+def experts(threads, routines, parts, addresses, sizes, activation):
     """See ``Kernels.experts`` and ``cpu_experts.experts``: the same arguments, bf16 weights."""
     rows, width, inner, count, known = sizes
     x, out = addresses[0], addresses[4]
@@ -162,23 +170,47 @@ def experts(threads, routines, addresses, sizes, activation):
     if not valid(tokens, ids, rows, table):
         return False
     starts, counters = segments(ids), np.zeros((3, 1), np.int64)
-    inputs, outputs = _offsets(starts, width), _offsets(starts, inner)
+    inputs, outputs = _offsets(starts, width, parts), _offsets(starts, inner, parts)
     packed, hidden = np.empty(inputs[-1], np.uint8), np.empty(outputs[-1], np.uint8)
     if inner % DEPTH:
         hidden[:] = 0
     if threads == 1:
-        _pack_segments(counters[0], routines[0], x, width, tokens, starts, inputs, packed)
+        _pack_segments(counters[0], routines[0], x, parts, width, tokens, starts, inputs, packed)
         _gate_up(
-            counters[1], routines[1], packed, inputs, ids, starts, table, activation, width, hidden, outputs, inner
+            counters[1],
+            routines[1],
+            parts,
+            packed,
+            inputs,
+            ids,
+            starts,
+            table,
+            activation,
+            width,
+            hidden,
+            outputs,
+            inner,
         )
-        _down(counters[2], routines, hidden, outputs, ids, starts, table, inner, out, width)
+        _down(counters[2], routines, parts, hidden, outputs, ids, starts, table, inner, out, width)
     else:
         for _ in numba.prange(threads):
-            _pack_segments(counters[0], routines[0], x, width, tokens, starts, inputs, packed)
+            _pack_segments(counters[0], routines[0], x, parts, width, tokens, starts, inputs, packed)
         for _ in numba.prange(threads):
             _gate_up(
-                counters[1], routines[1], packed, inputs, ids, starts, table, activation, width, hidden, outputs, inner
+                counters[1],
+                routines[1],
+                parts,
+                packed,
+                inputs,
+                ids,
+                starts,
+                table,
+                activation,
+                width,
+                hidden,
+                outputs,
+                inner,
             )
         for _ in numba.prange(threads):
-            _down(counters[2], routines, hidden, outputs, ids, starts, table, inner, out, width)
+            _down(counters[2], routines, parts, hidden, outputs, ids, starts, table, inner, out, width)
     return True

@@ -1,4 +1,6 @@
-"""Which dtype a pool computes in: activations, rows on the wire, the KV cache and, off the CPU, weights."""
+"""How precisely a pool computes. Both pools of a mesh must agree."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -6,14 +8,27 @@ from shared.errors import ConfigError
 from shared.models.layout import tensor_name
 from shared.models.loader import Checkpoint
 
+KNOWN = ("auto", "float32", "bfloat16")
 
-def compute_dtype(setting: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """float32 on the CPU, what the checkpoint stores elsewhere, or what was asked for. Raises ConfigError."""
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What follows from ``--dtype``."""
+
+    tensors: torch.dtype
+    """Of activations, rows on the wire, the KV cache and, off the CPU, weights."""
+    precise: bool
+    """On the CPU: rows are multiplied with bf16 weights as they are; else rounded to bf16 for that, where it is faster.
+
+    Sums and all other arithmetic are fp32 either way."""
+
+
+def choose_precision(setting: str, device: torch.device, checkpoint: Checkpoint) -> Precision:
+    """What was asked for, or by default what suits the dtype that the checkpoint stores. Raises ConfigError."""
+    if setting not in KNOWN:
+        raise ConfigError("--dtype", f"{setting!r} is not one of {', '.join(KNOWN)}")
     stored = checkpoint.tensor(tensor_name(checkpoint.spec, "embed", 0, 0)).dtype
-    automatic = torch.float32 if device.type == "cpu" else stored
-    known = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if setting not in known:
-        raise ConfigError("--dtype", f"{setting!r} is not one of {', '.join(known)}")
-    if device.type == "cpu" and known[setting] is not torch.float32:
-        raise ConfigError("--dtype", f"{setting} needs a GPU; the CPU computes in float32 whatever the weights are")
-    return known[setting]
+    dtype = stored if setting == "auto" else getattr(torch, setting)
+    if device.type == "cpu":
+        return Precision(torch.float32, precise=dtype is not torch.bfloat16)
+    return Precision(dtype, precise=True)

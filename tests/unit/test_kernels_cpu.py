@@ -54,6 +54,14 @@ def test_linear_with_bf16_weights_is_precise(cpu: CpuKernels, rows: int) -> None
     assert ((cpu.linear(x, weight).double() - exact).abs() <= 2.0**-20 * size).all()
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 100])
+def test_rounded_rows_are_bf16_rows(rows: int) -> None:
+    rough, x = CpuKernels(1, precise=False), normal(rows, 700, seed=0)
+    weight = normal(70, 700, seed=1).bfloat16()
+    fine = REFERENCE.linear(x.bfloat16().float() if rough.tiles else x, weight)
+    torch.testing.assert_close(rough.linear(x, weight), fine, rtol=1e-4, atol=1e-4)
+
+
 def test_linear_takes_rows_that_are_not_contiguous(cpu: CpuKernels) -> None:
     x, weight = normal(5, 40, seed=0), normal(8, 20, seed=1)
     assert_close(cpu.linear(x[:, ::2], weight), REFERENCE.linear(x[:, ::2], weight))
