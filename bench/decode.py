@@ -133,7 +133,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
         experts=args.experts,
         port=0,
         mesh="bench",
-        settings=dict(args.set),
+        settings={"prefix_cache": "false", **dict(args.set)},  # every repeat serves the same prompts
     )
     rows, bars = [], []
     async with LocalMesh(options, on_line=print if args.verbose else lambda name, line: None) as mesh:

@@ -53,6 +53,7 @@ class AttentionConfig(MeshConfig):
     max_waiting: int = setting(256, "most requests in the queue; more are refused")
     kv_memory: str = setting("1GiB", "memory of the KV cache, e.g. 512MiB")
     block_size: int = setting(16, "tokens per KV block")
+    prefix_cache: bool = setting(True, "keep KV blocks for prompts that begin with the same tokens")
     exchange_deadline: float = setting(2.0, "seconds to wait for the replies of one exchange before it is repeated")
     no_home_deadline: float = setting(30.0, "seconds that requests wait while an expert has no live home")
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")

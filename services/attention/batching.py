@@ -40,6 +40,11 @@ class Chunk:
     count: int
 
     @property
+    def first(self) -> bool:
+        """Nothing of the sequence was computed before, in this turn of its life."""
+        return self.start == self.sequence.reused
+
+    @property
     def complete(self) -> bool:
         """The cache has the whole sequence after this chunk: the next token can be chosen."""
         return self.start + self.count == self.sequence.length
@@ -79,6 +84,8 @@ class Batcher:
         self.running: list[Sequence] = []
         """Oldest first."""
         self.preemptions = 0
+        self.reused = 0
+        """Tokens found in the prefix cache instead of computed."""
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -141,8 +148,11 @@ class Batcher:
         if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
             return False
         head = self.waiting[0]
-        needed = blocks_for(head.length, self.limits.block_size)
+        head.begin(self.pool)
+        needed = blocks_for(head.length, self.limits.block_size) - len(head.table.ids)
         if needed + len(self.running) > self.pool.free or not head.table.grow_to(head.length):
+            head.forget_cache()
             return False
+        self.reused += head.reused
         self.running.append(self.waiting.popleft())
         return True

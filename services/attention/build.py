@@ -60,7 +60,7 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     side.say("compiling kernels")
     with torch.inference_mode():
         warm_up(runner, kernels, spec.router.top_k)
-    batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size))
+    batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size, config.prefix_cache))
     engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=side.instance.telemetry.record)
     return Built(engine, exchange, transport, limits)
 

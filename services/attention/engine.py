@@ -179,6 +179,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._requests.generated,
             preemptions=self._batcher.preemptions,
+            reused_tokens=self._batcher.reused,
             finished=self._requests.finished.copy(),
         )
         if self._accepted:
@@ -212,7 +213,7 @@ class Engine:
         """No sequence advances unless the whole forward pass succeeds."""
         start = self._clock()
         for chunk in chunks:
-            if chunk.sequence.pending > 1 or not chunk.start:
+            if chunk.sequence.pending > 1 or chunk.first:
                 self._phases.enter(chunk.sequence, "prefill")
         done = self._runner.forward(chunks)
         broken = collect(chunks, partial(self._runner.logits_of, done))
@@ -222,7 +223,7 @@ class Engine:
         self._steps += 1
         for chunk in chunks:
             self._prompt_tokens += min(chunk.count, max(chunk.sequence.prompt - chunk.start, 0))
-            chunk.sequence.computed += chunk.count
+            chunk.sequence.advance(chunk.count, self._batcher.pool)
         for sequence in broken:
             self._requests.fail(sequence, "internal", NOT_A_NUMBER)
         for sequence, choice in zip(complete, choices, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from services.attention.kv_cache import BlockPool, BlockTable
+from services.attention.kv_cache import BlockPool, BlockTable, block_key
 from shared.messages import FinishReason, SamplingParams, Submit, TokenLogprobs
 from shared.telemetry import NO_TRACE
 
@@ -37,6 +37,12 @@ class Sequence:
     resumed: int = 0
     """Output tokens that were already delivered when the request came here."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    reused: int = 0
+    """Tokens whose K and V the cache had before the sequence began to run."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of the first blocks of ``tokens``."""
+    named: int = 0
+    """Blocks that the pool knows by their keys."""
 
     @classmethod
     def from_submit(cls, request: Submit, pool: BlockPool, now: float, trace: Trace = NO_TRACE) -> "Sequence":
@@ -76,10 +82,38 @@ class Sequence:
         self.tokens[self.length] = token
         self.length += 1
 
+    def begin(self, pool: BlockPool) -> None:
+        """Hold what the pool has of the first blocks; at least one token is left to compute, for the logits.
+
+        Not for prompt log-probabilities: they need every row of the prompt.
+        """
+        if not pool.reuse or self.wants_prompt_logprobs:
+            return
+        blocks = pool.find(self._first_keys((self.length - 1) // pool.block_size, pool.block_size))
+        self.table.begin_with(blocks)
+        self.named = len(blocks)
+        self.reused = self.computed = len(blocks) * pool.block_size
+
+    def advance(self, count: int, pool: BlockPool) -> None:
+        """``count`` more tokens are in the cache; blocks that are full now can be found by others."""
+        self.computed += count
+        full = self.computed // pool.block_size
+        if full > self.named and pool.reuse:
+            keys = self._first_keys(full, pool.block_size)
+            for block in range(self.named, full):
+                pool.name(int(self.table.ids[block]), keys[block])
+            self.named = full
+
+    def _first_keys(self, count: int, block_size: int) -> list[bytes]:
+        while len(self.keys) < count:
+            start = len(self.keys) * block_size
+            self.keys.append(block_key(self.keys[-1] if self.keys else b"", self.tokens[start : start + block_size]))
+        return self.keys[:count]
+
     def forget_cache(self) -> None:
-        """Hand the blocks back; everything must be computed again."""
+        """Hand the blocks back; what nobody has kept must be computed again."""
         self.table.release()
-        self.computed = 0
+        self.computed = self.reused = self.named = 0
 
     def ended(self, max_model_len: int) -> FinishReason | None:
         """Whether the output is complete as it stands."""

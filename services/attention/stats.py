@@ -34,6 +34,7 @@ class EngineStats:
     """Requests whose output a gateway has not acknowledged to the end."""
     steps: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     """Rows computed in prefill, repeats after a preemption included."""
     generated_tokens: int = 0
     preemptions: int = 0
@@ -71,6 +72,7 @@ def samples(stats: EngineStats, limits: Limits, step_seconds: Buckets, refused: 
     yield sample("steps", stats.steps)
     yield sample("step_seconds", step_seconds)
     yield sample("prompt_tokens", stats.prompt_tokens)
+    yield sample("prefix_cache_tokens", stats.reused_tokens)
     yield sample("generated_tokens", stats.generated_tokens)
     yield sample("preemptions", stats.preemptions)
     for outcome, count in stats.finished.items():

@@ -152,7 +152,7 @@ class ModelRunner:
 
     def _trace(self, chunks: Sequence[Chunk]) -> Trace:
         """A step has many requests but a frame one trace: the first traced request that is due for it."""
-        due = (c.sequence.trace for c in chunks if self._trace_layers or c.start == 0)
+        due = (c.sequence.trace for c in chunks if self._trace_layers or c.first)
         return next((trace for trace in due if trace != NO_TRACE), NO_TRACE)
 
     def logits(self, done: Program) -> np.ndarray:

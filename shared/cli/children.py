@@ -65,7 +65,13 @@ class Child:
 
     async def _read(self, process: Process) -> None:
         assert process.stderr is not None
-        async for raw in process.stderr:
+        while True:
+            try:
+                raw = await process.stderr.readline()
+            except ValueError:  # what there was of a line beyond the reader's limit is dropped
+                raw = b"(a line too long to show)\n"
+            if not raw:
+                return
             line = raw.decode(errors="replace").rstrip()
             self.lines.append(line)
             self.on_line(self.name, line)

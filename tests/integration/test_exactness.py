@@ -28,7 +28,7 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def candidates(vocab: int) -> list[tuple[list[int], SamplingParams]]:
-    """Eight requests that differ in length and in how they sample."""
+    """Eight requests that differ in length and in how they sample; all begin alike, for the prefix cache."""
     rng = np.random.default_rng(11)
     ways = [
         {"temperature": 0.0},
@@ -40,7 +40,8 @@ def candidates(vocab: int) -> list[tuple[list[int], SamplingParams]]:
         {"temperature": 1.0, "seed": 1 << 63, "presence_penalty": 0.4},
         {"temperature": 0.0, "logit_bias": {5: 3.0}},
     ]
-    prompts = [rng.integers(3, vocab, n).tolist() for n in LENGTHS]
+    longest = rng.integers(3, vocab, max(LENGTHS)).tolist()
+    prompts = [longest[:n] for n in LENGTHS]
     samplings = [SamplingParams.model_validate({"max_tokens": OUTPUT, "logprobs": 3, **way}) for way in ways]
     return list(zip(prompts, samplings, strict=True))
 
@@ -71,7 +72,7 @@ batches = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), min_size=1,
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=batches, shape=shapes, faults=st.none() | faults)
-def test_output_bits_do_not_depend_on_batch_chunks_preemption_instances_or_faults(
+def test_output_bits_do_not_depend_on_batch_chunks_reuse_preemption_instances_or_faults(
     parts: Parts, batch: list[tuple[int, int]], shape: Shape, faults: Faults | None
 ) -> None:
     known = candidates(parts.spec.vocab_size)

@@ -222,6 +222,36 @@ def test_stats_count_what_was_done_and_what_is_left():
     assert stats.outstanding_tokens == 2 * (len(PROMPT) + 3) - 4
     engine.turns()
     stats = engine.engine.stats
-    assert (stats.prompt_tokens, stats.generated_tokens, stats.steps) == (18, 6, 10)
+    assert (stats.prompt_tokens, stats.reused_tokens) == (9 + 1, 8), "b begins with two blocks of a's"
+    assert (stats.generated_tokens, stats.steps) == (6, 8)
     assert dict(stats.finished) == {"length": 2}
     assert_idle(engine)
+
+
+# ---- prefix cache -------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_begins_like_one_before_is_computed_from_there_and_says_the_same():
+    engine = ToyEngine()
+    for name, prompt in (("a", PROMPT), ("b", PROMPT), ("c", [*PROMPT[:5], 7, 7, 7])):
+        got = engine.run(name, prompt, max_tokens=6)
+        assert got == alone(prompt, max_tokens=6)
+    stats = engine.engine.stats
+    assert (stats.reused_tokens, stats.prompt_tokens) == (8 + 4, 9 + 1 + 4)
+    assert_idle(engine)
+
+
+def test_output_is_reused_too_when_a_conversation_goes_on():
+    engine = ToyEngine()
+    said = engine.run("a", PROMPT, max_tokens=8).tokens
+    longer = [*PROMPT, *said, 5]
+    assert engine.run("b", longer, max_tokens=4) == alone(longer, max_tokens=4)
+    assert engine.engine.stats.reused_tokens == 16, "the last token's K and V were never computed"
+
+
+def test_prompt_logprobs_are_computed_for_every_token_all_the_same():
+    engine = ToyEngine()
+    engine.run("a", PROMPT, max_tokens=2)
+    got = engine.run("b", PROMPT, max_tokens=2, prompt_logprobs=1)
+    assert got == alone(PROMPT, max_tokens=2, prompt_logprobs=1)
+    assert engine.engine.stats.reused_tokens == 0

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.attention.kv_cache import BlockPool, BlockTable, blocks_for
+from services.attention.kv_cache import BlockPool, BlockTable, block_key, blocks_for
 
 
 def test_blocks_hold_every_token_and_no_more_than_needed():
@@ -62,3 +62,93 @@ def test_no_block_belongs_to_two_tables(steps):
     for table in tables:
         table.release()
     assert pool.leaked() == []
+
+
+def named(pool: BlockPool, keys: list[bytes]) -> list[int]:
+    """Take a block for each key, name it, and hand all of them back."""
+    blocks = pool.take(len(keys))
+    assert blocks is not None
+    for block, key in zip(blocks.tolist(), keys, strict=True):
+        pool.name(block, key)
+    pool.give_back(blocks)
+    return blocks.tolist()
+
+
+def test_a_key_stands_for_all_tokens_up_to_the_end_of_its_block():
+    one, two = np.array([1, 2], np.int32), np.array([3, 4], np.int32)
+    assert block_key(block_key(b"", one), two) == block_key(block_key(b"", one), two)
+    assert len({block_key(b"", one), block_key(b"", two), block_key(block_key(b"", one), two)}) == 3
+
+
+def test_named_blocks_are_found_as_far_as_the_chain_is_known():
+    pool = BlockPool(4, 4)
+    blocks = named(pool, [b"a", b"b"])
+    assert (pool.free, pool.used) == (4, 0)
+    assert pool.find([b"a", b"b", b"c"]).tolist() == blocks
+    assert pool.find([b"x", b"b"]).tolist() == []
+    assert pool.leaked() == blocks
+
+
+def test_a_shared_block_is_out_until_its_last_holder_lets_go():
+    pool = BlockPool(2, 4)
+    named(pool, [b"a"])
+    first, second = pool.find([b"a"]), pool.find([b"a"])
+    pool.give_back(first)
+    assert pool.free == 1
+    assert pool.take(2) is None
+    pool.give_back(second)
+    assert pool.free == 2
+
+
+def test_kept_blocks_make_room_oldest_first_and_ends_of_sequences_before_their_beginnings():
+    pool = BlockPool(4, 4)
+    named(pool, [b"a", b"b"])
+    named(pool, [b"c", b"d"])
+    held = pool.take(1)
+    assert held is not None
+    assert [len(pool.find([key])) for key in (b"b", b"a", b"c", b"d")] == [0, 1, 1, 1]
+
+
+def test_the_first_of_two_blocks_with_one_key_is_the_one_that_is_found():
+    pool = BlockPool(4, 4)
+    first = named(pool, [b"a"])
+    other = pool.take(1)
+    assert other is not None
+    pool.name(int(other[0]), b"a")
+    pool.give_back(other)
+    assert pool.find([b"a"]).tolist() == first
+
+
+def test_without_reuse_nothing_is_found():
+    pool = BlockPool(4, 4, reuse=False)
+    named(pool, [b"a"])
+    assert pool.find([b"a"]).tolist() == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 3)), max_size=80))
+def test_no_block_is_lost_or_changed_under_a_holder_whatever_is_shared(steps):
+    """Tables hold prefixes of four chains of keys; a block's key must stay what its holders think it is."""
+    pool = BlockPool(10, 1)
+    chains = [[bytes([chain, place]) for place in range(6)] for chain in range(4)]
+    tables: list[tuple[BlockTable, list[bytes]]] = [(BlockTable(pool, 6), []) for _ in range(4)]
+    content: dict[int, bytes] = {}
+    for which, length, chain in steps:
+        table, keys = tables[which]
+        table.release()
+        keys[:] = chains[chain][:length]
+        found = pool.find(keys)
+        assert [content[block] for block in found.tolist()] == keys[: len(found)]
+        table.begin_with(found)
+        if not table.grow_to(length):
+            table.release()
+            keys.clear()
+            continue
+        for block, key in list(zip(table.ids.tolist(), keys, strict=True))[len(found) :]:
+            content[block] = key
+            pool.name(block, key)
+        for other, theirs in tables:
+            assert [content[block] for block in other.ids.tolist()] == theirs[: len(other.ids)]
+        assert pool.used == len({block for other, _ in tables for block in other.ids.tolist()})
+    for table, _ in tables:
+        table.release()
+    assert (pool.leaked(), pool.free) == ([], 10)
