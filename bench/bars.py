@@ -1,6 +1,6 @@
 """Run every bench that has bars and print one table; exits 1 when a bar does not hold.
 
-Needs about ten minutes and nothing else running. The checkpoint of the decode bench is made in a temporary directory.
+Needs about a quarter of an hour and nothing else running. The benches' checkpoint is made in a temporary directory.
 """
 
 import json
@@ -30,7 +30,7 @@ def all_bars(scratch: Path) -> list[dict[str, Any]]:
 
     model = scratch / "bench-1b"
     make_checkpoint("bench-1b", model)
-    results = [run("decode.py", "--model", str(model), "--json")]
+    results = [run(script, "--model", str(model), "--json") for script in ("decode.py", "pauses.py")]
     return [{"bench": result["bench"], **bar} for result in results for bar in result["bars"]]
 
 

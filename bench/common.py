@@ -54,8 +54,10 @@ class Stream:
         return (self.arrivals[-1] - self.arrivals[0]) / max(1, len(self.arrivals) - 1)
 
 
-async def stream_tokens(client: httpx.AsyncClient, url: str, prompt: list[int], max_tokens: int, **body: Any) -> Stream:
-    """One greedy streamed completion of token ids, to exactly ``max_tokens`` tokens."""
+async def stream_tokens(
+    client: httpx.AsyncClient, url: str, prompt: list[int], max_tokens: int, into: Stream | None = None
+) -> Stream:
+    """One greedy streamed completion of token ids, to exactly ``max_tokens`` tokens; ``into``: watched meanwhile."""
     request = {
         "prompt": prompt,
         "max_tokens": max_tokens,
@@ -63,10 +65,9 @@ async def stream_tokens(client: httpx.AsyncClient, url: str, prompt: list[int], 
         "ignore_eos": True,
         "stream": True,
     }
-    stream = Stream(time.perf_counter())
-    async with client.stream(
-        "POST", url + "/v1/completions", json={**request, "return_token_ids": True, **body}
-    ) as response:
+    stream = into or Stream(0.0)
+    stream.started = time.perf_counter()
+    async with client.stream("POST", url + "/v1/completions", json={**request, "return_token_ids": True}) as response:
         if response.status_code != 200:
             raise RuntimeError((await response.aread()).decode())
         async for line in response.aiter_lines():

@@ -24,6 +24,7 @@ from shared.messages import Placement, SamplingParams, Submit, TokenDelta
 from shared.models.decoder import Decoder
 from shared.models.loader import Checkpoint, open_checkpoint
 from shared.models.moe import MoeLayer
+from shared.models.precision import choose_precision
 from shared.transport.faults import Faults
 from shared.transport.memory import MemoryNetwork
 
@@ -67,13 +68,14 @@ class Parts:
     def __init__(self, path: Path) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(str(path))
         self.spec = self.checkpoint.spec
-        self.kernels = CpuKernels(threads=1)
+        self.precise = choose_precision("auto", CPU, self.checkpoint).precise
+        self.kernels = CpuKernels(threads=1, precise=self.precise)
         self.kernels.compile()
         self.decoder = Decoder(self.checkpoint, self.kernels, CPU, torch.float32, 2048)
         self.experts = [self._layers() for _ in range(3)]
 
     def _layers(self) -> dict[int, MoeLayer]:
-        kernels = CpuKernels(threads=1)
+        kernels = CpuKernels(threads=1, precise=self.precise)
         layers = {i: MoeLayer(self.checkpoint, kernels, CPU, torch.float32, i) for i in self.spec.moe_layers}
         for layer in layers.values():
             layer.load(range(self.spec.router.experts))

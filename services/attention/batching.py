@@ -29,6 +29,8 @@ class Limits:
     kv_blocks: int
     block_size: int
     """Tokens per block."""
+    mixed_prefill: int = 128
+    """Most rows of prompts in a step in which more sequences generate than wait for their first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +113,23 @@ class Batcher:
         preempted = self._make_room()
         chunks: list[Chunk] = []
         budget = self.limits.max_batched_tokens
+        prompts = self._prompt_rows()
         for sequence in self.running:
-            budget -= self._schedule(sequence, budget, chunks)
-        while budget and not preempted and self._admit():
-            budget -= self._schedule(self.running[-1], budget, chunks)
+            generating = sequence.pending == 1
+            count = self._schedule(sequence, budget if generating else min(budget, prompts), chunks)
+            budget -= count
+            prompts -= 0 if generating else count
+        while min(budget, prompts) and not preempted and self._admit():
+            count = self._schedule(self.running[-1], min(budget, prompts), chunks)
+            budget, prompts = budget - count, prompts - count
         return chunks
+
+    def _prompt_rows(self) -> int:
+        """Rows of prompts that a step may have: few while that would keep more sequences waiting than it serves."""
+        generating = sum(sequence.pending == 1 for sequence in self.running)
+        if 2 * generating > len(self.running) + len(self.waiting):
+            return self.limits.mixed_prefill
+        return self.limits.max_batched_tokens
 
     def _schedule(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         count = min(sequence.pending, budget)

@@ -6,7 +6,7 @@ from shared.config import AttentionConfig, parse_bytes
 from shared.errors import ConfigError
 from shared.models.spec import ModelSpec
 
-POSITIVE = ("max_num_seqs", "max_batched_tokens", "max_waiting", "block_size")
+POSITIVE = ("max_num_seqs", "max_batched_tokens", "max_waiting", "block_size", "mixed_prefill")
 
 
 def context_length(config: AttentionConfig, spec: ModelSpec) -> int:
@@ -36,6 +36,7 @@ def plan_limits(config: AttentionConfig, spec: ModelSpec, bytes_per_block: int) 
         vocab_size=spec.vocab_size,
         kv_blocks=min(blocks, useful),
         block_size=config.block_size,
+        mixed_prefill=config.mixed_prefill,
     )
 
 

@@ -19,10 +19,13 @@ LENGTHS = (1, 2, 5, 16, 17, 33, 64, 90)
 OUTPUT = 24
 
 
-@pytest.fixture(scope="module", params=["tiny-qwen3", "tiny-mixtral"])
+@pytest.fixture(
+    scope="module", params=["tiny-qwen3 float32", "tiny-mixtral float32", "tiny-qwen3 bfloat16"], ids=lambda p: p
+)
 def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
-    path = tmp_path_factory.mktemp("exact") / request.param
-    make_checkpoint(request.param, path)
+    preset, dtype = request.param.split()
+    path = tmp_path_factory.mktemp("exact") / preset
+    make_checkpoint(preset, path, dtype=dtype)
     with torch.inference_mode():
         yield Parts(path)
 
@@ -70,7 +73,7 @@ shapes = st.builds(
 batches = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=batches, shape=shapes, faults=st.none() | faults)
 def test_output_bits_do_not_depend_on_batch_chunks_reuse_preemption_instances_or_faults(
     parts: Parts, batch: list[tuple[int, int]], shape: Shape, faults: Faults | None

@@ -67,6 +67,20 @@ def test_a_long_prompt_is_prefilled_in_chunks_that_share_steps_with_decodes():
     assert step(batch) == [("short", 6, 1), ("long", 22, 1)]
 
 
+def test_a_prompt_takes_small_steps_while_most_requests_generate():
+    batch = batcher(mixed_prefill=3)
+    add(batch, "a", 2)
+    add(batch, "b", 2)
+    assert step(batch) == [("a", 0, 2), ("b", 0, 2)]
+    add(batch, "long", 9)
+    add(batch, "next", 1)
+    assert step(batch) == [("a", 2, 1), ("b", 2, 1), ("long", 0, 8)], "as many wait as generate"
+    batch.remove(batch.waiting[0])
+    add(batch, "late", 7)
+    step(batch)
+    assert step(batch) == [("a", 4, 1), ("b", 4, 1), ("long", 9, 1), ("late", 3, 3)]
+
+
 def test_nobody_younger_starts_before_a_prompt_is_complete():
     batch = batcher(max_batched_tokens=4)
     add(batch, "old", 6)
