@@ -88,6 +88,7 @@ class Batcher:
         self.preemptions = 0
         self.reused = 0
         """Tokens found in the prefix cache instead of computed."""
+        self._refused: tuple[Sequence | None, int, int] = (None, 0, 0)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -108,7 +109,7 @@ class Batcher:
         """Rows by age, then newcomers, within the limits. Empty: nothing to do.
 
         Decodes come before prefill chunks that way: a prompt that is not complete used up its step, so that nobody
-        younger runs yet. Asking again without having computed anything gives the same rows again.
+        younger runs yet. What was asked for and not computed is asked for again.
         """
         preempted = self._make_room()
         chunks: list[Chunk] = []
@@ -162,10 +163,14 @@ class Batcher:
         if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
             return False
         head = self.waiting[0]
+        before, free, running = self._refused
+        if head is before and self.pool.free <= free and len(self.running) >= running:
+            return False  # nothing has changed for the better
         head.begin(self.pool)
         needed = blocks_for(head.length, self.limits.block_size) - len(head.table.ids)
         if needed + len(self.running) > self.pool.free or not head.table.grow_to(head.length):
             head.forget_cache()
+            self._refused = head, self.pool.free, len(self.running)
             return False
         self.reused += head.reused
         self.running.append(self.waiting.popleft())

@@ -17,7 +17,7 @@ from services.attention.desk import ACCEPTED, Desk
 from services.attention.exchange import Exchange, View
 from services.attention.phases import Phases, Record, ignore
 from services.attention.prompt_logprobs import collect
-from services.attention.requests import NOT_A_NUMBER, Requests
+from services.attention.requests import Requests
 from services.attention.sampler import choose
 from services.attention.sequence import Trace
 from services.attention.stats import EngineStats
@@ -225,7 +225,7 @@ class Engine:
             self._prompt_tokens += min(chunk.count, max(chunk.sequence.prompt - chunk.start, 0))
             chunk.sequence.advance(chunk.count, self._batcher.pool)
         for sequence in broken:
-            self._requests.fail(sequence, "internal", NOT_A_NUMBER)
+            self._requests.fail_broken(sequence)
         for sequence, choice in zip(complete, choices, strict=True):
             if sequence.request_id in self._requests.active:
                 self._requests.advance(sequence, choice)

@@ -94,6 +94,12 @@ class BlockPool:
         self._holders[blocks] += 1
         return blocks
 
+    def forget(self, blocks: np.ndarray) -> None:
+        """Blocks (int32) that are out are not to be found any more."""
+        for block in blocks.tolist():
+            if block in self._keys:
+                del self._by_key[self._keys.pop(block)]
+
     def leaked(self) -> list[int]:
         """Blocks that are out; an idle instance has none."""
         return np.flatnonzero(self._holders).tolist()

@@ -82,7 +82,7 @@ class Requests:
     def advance(self, sequence: Sequence, choice: Choice) -> None:
         """Append the chosen token, or end the request."""
         if choice.token is None:
-            self.fail(sequence, "internal", NOT_A_NUMBER)
+            self.fail_broken(sequence)
         elif sequence.sampling.max_tokens == 0:
             self._finish(sequence, "length")
         else:
@@ -98,6 +98,11 @@ class Requests:
     def fail(self, sequence: Sequence, code: RefusalCode, message: str) -> None:
         """End one request with an error that reaches the client."""
         self._finish(sequence, "error", error=Decision(ok=False, code=code, message=message))
+
+    def fail_broken(self, sequence: Sequence) -> None:
+        """End a request whose numbers are none; nobody may begin with what it leaves in the cache."""
+        self._batcher.pool.forget(sequence.table.ids)
+        self.fail(sequence, "internal", NOT_A_NUMBER)
 
     def expire(self, now: float) -> None:
         """End what is past its deadline; forget finished output that nobody fetched."""

@@ -34,8 +34,9 @@ class EngineStats:
     """Requests whose output a gateway has not acknowledged to the end."""
     steps: int = 0
     prompt_tokens: int = 0
-    reused_tokens: int = 0
     """Rows computed in prefill, repeats after a preemption included."""
+    reused_tokens: int = 0
+    """Found in the prefix cache."""
     generated_tokens: int = 0
     preemptions: int = 0
     finished: Mapping[str, int] = field(default_factory=dict)

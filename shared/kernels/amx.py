@@ -186,18 +186,27 @@ def split(typing_context, source, out, apart):
         emit = Emitter(context, builder)
         source, out, apart = args
         values = [emit.load(_pointer(emit, emit.plus(source, skip)), types.float32) for skip in (0, LINE)]
-        upper, below_half, one, sixteen = (ir.Constant(_INTS, [n] * LANES) for n in (-65536, 32767, 1, 16))
+        upper, below_half, one, sixteen, exponent, nothing, nan = (
+            ir.Constant(_INTS, [n] * LANES) for n in (-65536, 32767, 1, 16, 0x7F800000, 0, 0x7FC00000)
+        )
 
         def rounded(value: Any) -> Any:
-            """To bf16, ties to even, in the upper half of 32 bits."""
+            """To bf16, ties to even, in the upper half of 32 bits; NaN stays NaN."""
             bits = builder.bitcast(value, _INTS)
             odd = builder.and_(builder.lshr(bits, sixteen), one)
-            return builder.and_(builder.add(bits, builder.add(odd, below_half)), upper)
+            near = builder.and_(builder.add(bits, builder.add(odd, below_half)), upper)
+            return builder.select(builder.fcmp_unordered("uno", value, value), nan, near)
+
+        def rest(value: Any, bits: Any) -> Any:
+            """What is left of a value; nothing of infinity and NaN."""
+            finite = builder.icmp_unsigned("!=", builder.and_(bits, exponent), exponent)
+            left = builder.fsub(value, builder.bitcast(bits, _FLOATS))
+            return builder.select(finite, left, builder.bitcast(nothing, _FLOATS))
 
         both = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
         for p in range(MOST_PARTS):
             bits = [rounded(value) for value in values]
-            values = [builder.fsub(v, builder.bitcast(b, _FLOATS)) for v, b in zip(values, bits, strict=True)]
+            values = [rest(value, part) for value, part in zip(values, bits, strict=True)]
             halves = [builder.trunc(builder.lshr(b, sixteen), _SHORTS) for b in bits]
             pairs = builder.shuffle_vector(*halves, both)
             target = builder.bitcast(_at(emit, out, emit.number(p), apart), pairs.type.as_pointer())

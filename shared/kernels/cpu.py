@@ -3,6 +3,7 @@
 Activations and the KV cache are fp32; weights are fp32, bf16 or fp16 and are read where they lie.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": cpu_elementwise.GELU_TANH,
     "clamped_swiglu": cpu_elementwise.CLAMPED_SWIGLU,
 }
+log = logging.getLogger(__name__)
+
 _PARALLEL_WORK = 1 << 18
 """Multiplications below which a second thread costs more than it brings."""
 
@@ -76,6 +79,8 @@ class CpuKernels(RowKernels):
         self.threads = min(threads, limit) if threads > 0 else limit
         self.tiles = tiles and amx.available()
         self._parts = amx.MOST_PARTS if precise else 1
+        way = ("on AMX tiles, rows " + ("as they are" if precise else "rounded to bf16")) if self.tiles else "in fp32"
+        log.info("bf16 weights are multiplied %s", way)
         torch.set_num_threads(self.threads)
         directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         compile_once(Path(directory) if directory else None, self.compile)

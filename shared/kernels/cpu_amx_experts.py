@@ -55,9 +55,16 @@ def _pack_segments(counter, routine, x, parts, depth, tokens, starts, offsets, p
 
 @helper
 def _rounded(value):
-    """The bits of an fp32 rounded to bf16, ties to even, as ``amx.split`` does it."""
+    """The bits of an fp32 rounded to bf16, as ``amx.split`` does it."""
     bits = bits_of(value)
-    return np.int32(bits + np.int32(32767) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
+    near = np.int32(bits + np.int32(32767) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
+    return near if value == value else np.int32(0x7FC00000)
+
+
+@helper
+def _rest(value, bits):
+    """What is left of an fp32 behind its rounded bits."""
+    return value - from_bits(bits) if (bits & np.int32(0x7F800000)) != np.int32(0x7F800000) else np.float32(0.0)
 
 
 @helper
@@ -75,7 +82,7 @@ def _pack_hidden(hidden, parts, item, count, cols, out):
                 for p in range(parts):
                     upper, other = _rounded(first), _rounded(second)
                     packed[target + p * wide + t] = ((upper >> np.int32(16)) & np.int32(65535)) | other
-                    first, second = first - from_bits(upper), second - from_bits(other)
+                    first, second = _rest(first, upper), _rest(second, other)
 
 
 @helper

@@ -1,5 +1,6 @@
 """``moemesh up`` as a person or a supervisor runs it: one ready line, clean stop, clear failures, restarts."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from shared.models.presets import make_checkpoint
+from tests.integration.waiting import until
 
 START_LIMIT_S = 120
 STOP_LIMIT_S = 60
@@ -153,6 +155,7 @@ def test_a_hub_id_that_is_not_in_the_cache_is_named(hub: dict[str, str]) -> None
 def test_a_service_that_dies_is_restarted_and_the_mesh_serves_again() -> None:
     with up() as (process, lines):
         url = ready_url(process)
+        asyncio.run(until(lambda: sum("experts-" in line and line.endswith(" ready\n") for line in lines) == 2))
         status = subprocess.run(["pgrep", "-f", "serve experts"], capture_output=True, text=True, check=False)
         experts = {int(p) for p in status.stdout.split()} & descendants(process.pid)
         assert len(experts) == 2

@@ -115,7 +115,7 @@ def test_logits_of_prompts_in_one_batch_are_those_of_transformers(served: tuple[
     checkpoint = open_checkpoint(str(path))
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(3, checkpoint.spec.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
-    with running_mesh(model=str(path), attention=1, experts=2, mesh=MESH, dtype="float32") as mesh:
+    with running_mesh(model=str(path), attention=1, experts=2, mesh=MESH, settings={"dtype": "float32"}) as mesh:
         found = mesh_logits(mesh, checkpoint, prompts)
     for prompt, ours, theirs in zip(prompts, found, reference_logits(path, prompts), strict=True):
         worst = float((ours - theirs).abs().max())

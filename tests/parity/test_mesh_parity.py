@@ -31,7 +31,7 @@ def served(
         path = tmp_path_factory.mktemp("model") / request.param
         make_checkpoint(request.param, path)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    with running_mesh(model=str(path), mesh="parity", dtype="float32") as mesh:
+    with running_mesh(model=str(path), mesh="parity", settings={"dtype": "float32"}) as mesh:
         yield mesh, reference
 
 

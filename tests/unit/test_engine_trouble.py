@@ -187,6 +187,14 @@ def test_a_row_of_nan_ends_that_request_only(sampling):
     assert engine.pool.leaked() == []
 
 
+def test_nobody_begins_with_the_cache_of_a_request_that_ended_in_nan():
+    engine = ToyEngine(poison=[40])
+    engine.run("bad", [1, 2, 3, 4, 40])
+    engine.run("good", [1, 2, 3, 4, 5])
+    assert engine.received["bad"].error.code == "internal"
+    assert engine.engine.stats.reused_tokens == 0
+
+
 def test_nan_among_the_prompt_logprobs_ends_that_request_only():
     engine = ToyEngine(poison=[40], max_batched_tokens=2)
     engine.submit("bad", [1, 40, 2, 3], prompt_logprobs=0)

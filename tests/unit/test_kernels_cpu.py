@@ -54,6 +54,17 @@ def test_linear_with_bf16_weights_is_precise(cpu: CpuKernels, rows: int) -> None
     assert ((cpu.linear(x, weight).double() - exact).abs() <= 2.0**-20 * size).all()
 
 
+@pytest.mark.parametrize("precise", [True, False])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001, 0x7F800000])
+def test_what_is_not_finite_stays_so(precise: bool, bits: int) -> None:
+    x = torch.ones(3, 64)
+    x.view(torch.int32)[1, 5] = bits
+    y = CpuKernels(1, precise=precise).linear(x, torch.ones(20, 64).bfloat16())
+    assert (y[0] == 64).all()
+    assert (y[1].isinf() if bits == 0x7F800000 else y[1].isnan()).all()
+    assert (y[2] == 64).all()
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 100])
 def test_rounded_rows_are_bf16_rows(rows: int) -> None:
     rough, x = CpuKernels(1, precise=False), normal(rows, 700, seed=0)
