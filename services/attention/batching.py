@@ -29,7 +29,7 @@ class Limits:
     kv_blocks: int
     block_size: int
     """Tokens per block."""
-    mixed_prefill: int = 128
+    mixed_prefill: int = 80
     """Most rows of prompts in a step in which more sequences generate than wait for their first token."""
 
 
