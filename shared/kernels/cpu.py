@@ -90,12 +90,12 @@ class CpuKernels(RowKernels):
         return cpu_linear.compile_project()
 
     @cached_property
-    def _tiled_routines(self) -> tuple[Any, ...]:
-        return amx_blocks.compile_routines()
+    def _tile_code(self) -> tuple[Any, ...]:
+        return amx_blocks.compile_routines()  # kept, for what is at their addresses lives no longer
 
     @cached_property
     def _tile_routines(self) -> tuple[int, ...]:
-        return tuple(routine.address for routine in self._tiled_routines)
+        return tuple(routine.address for routine in self._tile_code)
 
     @cached_property
     def _attend(self) -> Any:

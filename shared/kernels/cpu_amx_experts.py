@@ -41,7 +41,8 @@ def _offsets(starts, depth, parts):
 
 
 @helper
-def _pack_segments(counter, routine, x, parts, depth, tokens, starts, offsets, packed):
+def _pack_segments(counter, routine, parts, x, tokens, starts, given):
+    packed, offsets, depth = given
     while True:
         segment = take_next(counter)
         if segment >= len(starts) - 1:
@@ -96,18 +97,13 @@ def _add_item_bias(bias, item, wide, cols, block):
 
 
 @helper
-def _gate_up(counter, multiply, parts, packed, inputs, ids, starts, table, activation, depth, hidden, outputs, cols):
-    """hidden = activation(gate x) * (up x), packed; inputs and outputs say where each segment begins."""
+def _gate_up(counter, multiply, parts, work, activation, rows_in, rows_out):
+    """Packed rows_out = activation(gate x) * (up x); rows_in, rows_out: (packed, where segments begin, elements)."""
+    (packed, inputs, depth), (hidden, outputs, cols), (ids, starts, table) = rows_in, rows_out, work
     each = item_count(cols)
     total = (len(starts) - 1) * each
-    shapes, products, spare, spare_up, gates, ups = (
-        new_shapes(),
-        new_products(),
-        new_spare(cols, depth),
-        new_spare(cols, depth),
-        new_block(),
-        new_block(),
-    )
+    shapes, products, gates, ups = new_shapes(), new_products(), new_block(), new_block()
+    spare, spare_up = new_spare(cols, depth), new_spare(cols, depth)
     gate_tiles, up_tiles, gate_next, up_next = new_tiles(), new_tiles(), new_tiles(), new_tiles()
     following = take_next(counter)
     while following < total:
@@ -139,8 +135,9 @@ def _gate_up(counter, multiply, parts, packed, inputs, ids, starts, table, activ
 
 
 @helper
-def _down(counter, routines, parts, packed, inputs, ids, starts, table, depth, out, cols):
-    """out[p] = down hidden[p] for every part p; inputs says where each segment of packed hidden begins."""
+def _down(counter, routines, parts, work, rows_in, out, cols):
+    """out[p] = down hidden[p] for every part p; rows_in: see ``_gate_up``."""
+    (packed, inputs, depth), (ids, starts, table) = rows_in, work
     each, (_, multiply, store) = item_count(cols), routines
     total, spare, block = (len(starts) - 1) * each, new_spare(cols, depth), new_block()
     tiles, ahead, shapes, products = new_tiles(), new_tiles(), new_shapes(), new_products()
@@ -154,10 +151,8 @@ def _down(counter, routines, parts, packed, inputs, ids, starts, table, depth, o
         rows = starts[segment + 1] - starts[segment]
         for first in range(0, rows, block_rows(parts)):
             count, target = min(block_rows(parts), rows - first), out + (starts[segment] + first) * cols * 4
-            right, columns = (
-                packed.ctypes.data + inputs[segment] + packed_bytes(first, depth, parts),
-                block_columns(count, parts),
-            )
+            right = packed.ctypes.data + inputs[segment] + packed_bytes(first, depth, parts)
+            columns = block_columns(count, parts)
             set_shapes(shapes, columns)
             call(multiply, (tiles, ahead, right, columns, depth, products))
             sum_parts(products, count, parts, block)
@@ -178,46 +173,19 @@ def experts(threads, routines, parts, addresses, sizes, activation):
         return False
     starts, counters = segments(ids), np.zeros((3, 1), np.int64)
     inputs, outputs = _offsets(starts, width, parts), _offsets(starts, inner, parts)
-    packed, hidden = np.empty(inputs[-1], np.uint8), np.empty(outputs[-1], np.uint8)
+    given, hidden = (np.empty(inputs[-1], np.uint8), inputs, width), (np.empty(outputs[-1], np.uint8), outputs, inner)
     if inner % DEPTH:
-        hidden[:] = 0
+        hidden[0][:] = 0
+    work = (ids, starts, table)
     if threads == 1:
-        _pack_segments(counters[0], routines[0], x, parts, width, tokens, starts, inputs, packed)
-        _gate_up(
-            counters[1],
-            routines[1],
-            parts,
-            packed,
-            inputs,
-            ids,
-            starts,
-            table,
-            activation,
-            width,
-            hidden,
-            outputs,
-            inner,
-        )
-        _down(counters[2], routines, parts, hidden, outputs, ids, starts, table, inner, out, width)
+        _pack_segments(counters[0], routines[0], parts, x, tokens, starts, given)
+        _gate_up(counters[1], routines[1], parts, work, activation, given, hidden)
+        _down(counters[2], routines, parts, work, hidden, out, width)
     else:
         for _ in numba.prange(threads):
-            _pack_segments(counters[0], routines[0], x, parts, width, tokens, starts, inputs, packed)
+            _pack_segments(counters[0], routines[0], parts, x, tokens, starts, given)
         for _ in numba.prange(threads):
-            _gate_up(
-                counters[1],
-                routines[1],
-                parts,
-                packed,
-                inputs,
-                ids,
-                starts,
-                table,
-                activation,
-                width,
-                hidden,
-                outputs,
-                inner,
-            )
+            _gate_up(counters[1], routines[1], parts, work, activation, given, hidden)
         for _ in numba.prange(threads):
-            _down(counters[2], routines, parts, hidden, outputs, ids, starts, table, inner, out, width)
+            _down(counters[2], routines, parts, work, hidden, out, width)
     return True
