@@ -9,6 +9,9 @@ from typing import Any
 
 import httpx
 
+from shared.cli.mesh import LocalMesh
+from shared.cli.status import look
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -28,6 +31,14 @@ def report(name: str, result: dict[str, Any], bars: Iterable[Bar] = ()) -> None:
     """Print the result as one JSON object on the last line of output."""
     rows = [{**asdict(bar), "value": round(bar.value, 4), "ok": bar.ok} for bar in bars]
     print(json.dumps({"bench": name, **result, "bars": rows}), flush=True)
+
+
+async def refuse_paced(mesh: LocalMesh) -> None:
+    """To be called by every bench whose bars claim speed. Raises RuntimeError when a member keeps a profile's times."""
+    members, _ = await look(mesh.nats_url, mesh.options.mesh)
+    paced = [f"{m.id} by {m.heartbeat.paced}" for m in members if m.heartbeat.paced]
+    if paced:
+        raise RuntimeError(f"paced instances show a profile's speed, not this machine's: {', '.join(paced)}")
 
 
 def median(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import torch
-from common import Bar, median, report, stream_tokens
+from common import Bar, median, refuse_paced, report, stream_tokens
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
@@ -137,6 +137,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     )
     rows, bars = [], []
     async with LocalMesh(options, on_line=print if args.verbose else lambda name, line: None) as mesh:
+        await refuse_paced(mesh)
         for batch in batches:
             vocab = args.vocab
             ids = prompts(batch, args.prompt, vocab, seed=batch)

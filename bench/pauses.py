@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from common import Bar, Stream, median, report, stream_tokens
+from common import Bar, Stream, median, refuse_paced, report, stream_tokens
 
 from shared.cli.mesh import LocalMesh, MeshOptions
 
@@ -82,6 +82,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     long = tokens(args.prompt, 99)
     samples = []
     async with LocalMesh(options, on_line=lambda name, line: None) as mesh, httpx.AsyncClient(timeout=600) as client:
+        await refuse_paced(mesh)
         await among(client, mesh.url, args.streams, 400, long)
         for _ in range(args.repeats):
             quiet_pause, _ = await among(client, mesh.url, args.streams, 3 * SETTLED, [])

@@ -4,6 +4,7 @@ What is built on it is the services' own (``services/*/build.py``).
 """
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, MutableMapping
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shared.config import MeshConfig, parse_cores
+from shared.config import AttentionConfig, ExpertsConfig, MeshConfig, parse_cores
+from shared.device_profile import DeviceProfile, load_profile
 from shared.devices import LEASE_BUCKET, LEASE_TTL_S, CudaDevices, lease_device
 from shared.errors import ConfigError
 from shared.kernels.threads import thread_environment
@@ -25,10 +27,12 @@ if TYPE_CHECKING:  # torch and numba read an environment that `run_compute` has 
     import torch
 
     from shared.models.loader import Checkpoint
-    from shared.transport.ucx import UcxTransport
+    from shared.pace import Pace
+    from shared.transport.base import Transport
 
 C = TypeVar("C", bound=MeshConfig)
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ComputeSide:
     device: "torch.device"
     threads: int
     checkpoint: "Checkpoint"
+    profile: DeviceProfile | None
+    """Whose times this instance keeps; None: its own."""
     _executor: Executor
     _loop: asyncio.AbstractEventLoop
 
@@ -57,41 +63,56 @@ class ComputeSide:
         """``work()`` in the compute thread."""
         return await self._loop.run_in_executor(self._executor, work)
 
-    def transport(self, rows: int, tls: str) -> "UcxTransport":
-        """The data plane, for exchanges of at most ``rows`` rows; in the compute thread. Raises TransportError."""
+    def data_plane(self, rows: int, tls: str) -> tuple["Transport", "Pace"]:
+        """The transport, for exchanges of at most ``rows`` rows, and the pace of this instance.
+
+        In the compute thread. Raises TransportError.
+        """
         from shared.activation import longest_frame
+        from shared.pace import UNPACED, Pacer, sleep_exactly
+        from shared.transport.paced import PacedTransport
         from shared.transport.ucx import UcxTransport
 
         spec = self.checkpoint.spec
-        return UcxTransport(longest_frame(rows, spec.router.top_k, spec.hidden), self.device, tls)
+        transport = UcxTransport(longest_frame(rows, spec.router.top_k, spec.hidden), self.device, tls)
+        if self.profile is None:
+            return transport, UNPACED
+        sleep_exactly()
+        paced = PacedTransport(transport, self.profile)
+        return paced, Pacer(self.profile if spec.shared_hidden else self.profile.without_shared(), paced.wait_until)
 
 
 @asynccontextmanager
-async def compute_side(kind: Kind, config: MeshConfig, threads: int) -> AsyncIterator[ComputeSide]:
+async def compute_side(kind: Kind, config: AttentionConfig | ExpertsConfig, threads: int) -> AsyncIterator[ComputeSide]:
     """An instance that has its device, has opened its model and has joined the mesh; it leaves with the context.
 
     Raises ConfigError, ModelError and BusUnavailable.
     """
+    profile = load_profile("--pace", config.pace) if config.pace else None
+    if profile:
+        log.warning("paced by %s (%s): its times, not this machine's", profile.name, profile.about or "no source given")
     async with Instance(kind, config) as instance:
         owner = f"{instance.id} {instance.incarnation:x}"
         open_store = partial(instance.bus.store, LEASE_BUCKET, LEASE_TTL_S)
         async with lease_device(config.device, instance.node, owner, CudaDevices(), open_store) as device:
-            yield await _open(instance, device, config.model, config.cores, threads)
+            yield await _open(instance, device, config, profile, threads)
 
 
-async def _open(instance: Instance, device: str, model: str, cores: str, threads: int) -> ComputeSide:
+async def _open(
+    instance: Instance, device: str, config: MeshConfig, profile: DeviceProfile | None, threads: int
+) -> ComputeSide:
     import torch
 
     from shared.models.loader import open_checkpoint
 
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, "compute")
-    await loop.run_in_executor(executor, _settle, parse_cores("--cores", cores))
+    await loop.run_in_executor(executor, _settle, parse_cores("--cores", config.cores))
     yield_to_others(threading.get_native_id())
     await instance.say("opening the model")
-    checkpoint = await loop.run_in_executor(executor, open_checkpoint, model)
+    checkpoint = await loop.run_in_executor(executor, open_checkpoint, config.model)
     await instance.join(checkpoint.facts())
-    return ComputeSide(instance, torch.device(device), threads, checkpoint, executor, loop)
+    return ComputeSide(instance, torch.device(device), threads, checkpoint, profile, executor, loop)
 
 
 def _settle(cores: set[int]) -> None:

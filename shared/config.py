@@ -58,6 +58,7 @@ class AttentionConfig(MeshConfig):
     exchange_deadline: float = setting(2.0, "seconds to wait for the replies of one exchange before it is repeated")
     no_home_deadline: float = setting(30.0, "seconds that requests wait while an expert has no live home")
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
+    pace: str = setting("", "device profile, by name or file, whose times this instance keeps; empty: none")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class ExpertsConfig(MeshConfig):
         "auto", "compute dtype: auto (the checkpoint's), float32, bfloat16; must be the same in both pools"
     )
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
+    pace: str = setting("", "device profile, by name or file, whose times this instance keeps; empty: none")
 
 
 @dataclass(frozen=True)

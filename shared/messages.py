@@ -112,6 +112,8 @@ class Heartbeat(Message):
     experts: ExpertFacts | None = None
     placement: Count = 0
     """Scheduler only: version of the placement in the key-value store."""
+    paced: str = ""
+    """Name of the device profile whose times this instance keeps instead of its own."""
 
 
 class Hello(Message):

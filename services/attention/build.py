@@ -23,6 +23,7 @@ from shared.config import AttentionConfig
 from shared.kernels.base import Kernels, select_kernels
 from shared.models.decoder import Decoder
 from shared.models.precision import choose_precision
+from shared.pace import Pace
 from shared.transport.base import Transport
 
 
@@ -34,6 +35,7 @@ class Built:
     exchange: MeshExchange
     transport: Transport
     limits: Limits
+    pace: Pace
 
     def run(self) -> None:
         """The compute thread's work until ``engine.stop``."""
@@ -51,18 +53,18 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     limits = plan_limits(config, spec, decoder.bytes_per_block(config.block_size))
     side.say(f"KV cache of {limits.kv_blocks * limits.block_size} tokens")
     cache = decoder.new_cache(limits.kv_blocks, limits.block_size)
-    transport = side.transport(limits.max_batched_tokens, config.ucx_tls)
+    transport, pace = side.data_plane(limits.max_batched_tokens, config.ucx_tls)
     exchange = MeshExchange(
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
         mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline,
     )  # fmt: skip
-    runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers)
+    runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers, pace)
     side.say("compiling kernels")
     with torch.inference_mode():
         warm_up(runner, kernels, spec.router.top_k)
     batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size, config.prefix_cache))
     engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=side.instance.telemetry.record)
-    return Built(engine, exchange, transport, limits)
+    return Built(engine, exchange, transport, limits, pace)
 
 
 def warm_up(runner: ModelRunner, kernels: Kernels, top_k: int) -> None:

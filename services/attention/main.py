@@ -36,13 +36,14 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
     def read_metrics() -> Iterable[Sample]:
         yield from samples(engine.stats, limits, engine.step_seconds, engine.desk.refused)
         yield from exchange_samples(built.exchange.stats())
+        yield from built.pace.samples()
 
     instance.telemetry.collect(read_metrics)
     computing = instance.spawn(side.call(built.run), "compute")
     watch = await PlacementWatch(instance).start()
     await server.start(engine, watch, limits.max_model_len, built.exchange.foresee)
-    device = str(side.device)
-    await instance.ready(lambda: {"attention": facts(engine.stats, limits, time.monotonic()), "device": device})
+    fixed = {"device": str(side.device), "paced": built.pace.name}
+    await instance.ready(lambda: {"attention": facts(engine.stats, limits, time.monotonic()), **fixed})
     await instance.until_stopped()
     await server.drain(config.drain_s)
     engine.stop()

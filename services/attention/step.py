@@ -3,6 +3,7 @@
 Knows tensors, the decoder and the exchange; what runs is decided in batching.py, what comes out is used in engine.py.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from services.attention.exchange import Exchange
 from services.attention.sequence import Trace
 from shared.models.decoder import Decoder, KvCache, StepInput
 from shared.models.spec import LayerSpec
+from shared.pace import UNPACED, Pace
 from shared.telemetry import NO_TRACE
 
 T = TypeVar("T")
@@ -91,13 +93,20 @@ class ModelRunner:
     """The decoder, its cache and the experts behind the exchange."""
 
     def __init__(
-        self, decoder: Decoder, cache: KvCache, exchange: Exchange, block_size: int, trace_layers: bool = False
+        self,
+        decoder: Decoder,
+        cache: KvCache,
+        exchange: Exchange,
+        block_size: int,
+        trace_layers: bool = False,
+        pace: Pace = UNPACED,
     ) -> None:
         """``trace_layers``: mark every exchange of a traced request, not only its first."""
         self._decoder = decoder
         self._cache = cache
         self._exchange = exchange
         self._block_size = block_size
+        self._pace = pace
         self._trace_layers = trace_layers
         self._programs: dict[tuple[int, ...], Program] = {}
 
@@ -129,10 +138,14 @@ class ModelRunner:
 
     def _layer(self, layer: LayerSpec, program: Program, trace: Trace) -> None:
         decoder, step, x, rows = self._decoder, program.step, program.x, program.rows
+        began = time.monotonic()
         program.do(partial(decoder.attend, layer.index, x, step, self._cache, rows))
+        self._pace.attention(began, step.positions)
         if layer.moe:
             handle = self._exchange.dispatch(layer.index, rows, trace)
+            began = time.monotonic()
             program.do(partial(decoder.shared, layer.index, rows, x))  # while the experts compute
+            self._pace.shared(began, len(rows))
             self._exchange.combine(handle, x)
         else:
             program.do(partial(decoder.dense, layer.index, rows, x))
@@ -157,10 +170,16 @@ class ModelRunner:
 
     def logits(self, done: Program) -> np.ndarray:
         """fp32 [R, vocab] for the rows that the chunks want, in host memory; valid until the next step."""
-        return done.do(partial(self._decoder.logits, done.x, done.step)).cpu().numpy()
+        began = time.monotonic()
+        logits = done.do(partial(self._decoder.logits, done.x, done.step)).cpu().numpy()
+        self._pace.head(began, len(logits))
+        return logits
 
     def logits_of(self, done: Program, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Logits of ``rows`` (int64, of x), some at a time: (index of the first, fp32 [some, vocab])."""
         for first in range(0, len(rows), PROMPT_LOGIT_ROWS):
+            began = time.monotonic()
             part = torch.from_numpy(rows[first : first + PROMPT_LOGIT_ROWS]).to(done.x.device)
-            yield first, self._decoder.logits(done.x, replace(done.step, logit_rows=part)).cpu().numpy()
+            logits = self._decoder.logits(done.x, replace(done.step, logit_rows=part)).cpu().numpy()
+            self._pace.head(began, len(logits))
+            yield first, logits

@@ -20,6 +20,7 @@ from shared.kernels.base import select_kernels
 from shared.models.moe import MoeLayer
 from shared.models.precision import choose_precision
 from shared.models.spec import ModelSpec
+from shared.pace import Pace
 from shared.transport.base import Transport
 
 
@@ -30,6 +31,7 @@ class Built:
     server: ExpertServer
     store: ExpertStore
     transport: Transport
+    pace: Pace
 
     def run(self) -> None:
         """The compute thread's work until ``server.stop``."""
@@ -48,7 +50,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
     side.say("compiling kernels")
     with torch.inference_mode():
         warm_up(make(spec.moe_layers[0]), spec, device, dtype)
-    transport = side.transport(config.max_batched_tokens, config.ucx_tls)
+    transport, pace = side.data_plane(config.max_batched_tokens, config.ucx_tls)
     server = ExpertServer(
         transport,
         layers,
@@ -56,6 +58,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         mesh=side.mesh,
         incarnation=side.instance.incarnation,
         record=record,
+        pace=pace,
     )
     store = ExpertStore(
         layers,
@@ -64,7 +67,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         digest=checkpoint.digest,
         experts=spec.router.experts,
     )
-    return Built(server, store, transport)
+    return Built(server, store, transport, pace)
 
 
 def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:

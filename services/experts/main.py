@@ -44,8 +44,8 @@ async def _serve_on(side: ComputeSide, config: ExpertsConfig) -> None:
     computing = instance.spawn(side.call(built.run), "compute")
     instance.telemetry.collect(service.samples)
     await service.start(await PlacementWatch(instance).start())
-    device = str(side.device)
-    await instance.ready(lambda: {"experts": service.facts(), "device": device})
+    fixed = {"device": str(side.device), "paced": built.pace.name}
+    await instance.ready(lambda: {"experts": service.facts(), **fixed})
     await instance.until_stopped()
     await service.drain(config.drain_s)
     built.server.stop()

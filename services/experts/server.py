@@ -20,6 +20,7 @@ from services.experts.compute import ExpertLayer, Plan, compute_parts, plan_part
 from shared.activation import PARTS, NoLiveHome, layer_homes, write_parts
 from shared.errors import TransportError
 from shared.messages import Placement
+from shared.pace import UNPACED, Pace
 from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Refusal, Transport
 
@@ -83,6 +84,7 @@ class ExpertServer:
         mesh: hash of mesh name and model digest.
         incarnation: of this process.
         record: see ``Record``.
+        pace: how long an exchange takes at least.
     """
 
     def __init__(
@@ -94,12 +96,14 @@ class ExpertServer:
         mesh: int,
         incarnation: int,
         record: Record | None = None,
+        pace: Pace = UNPACED,
     ) -> None:
         self._transport = transport
         self._layers = layers
         self._limits = limits
         self._mesh, self._incarnation = mesh, incarnation
         self._record = record
+        self._pace = pace
         self._row_of = {layer: row for row, layer in enumerate(sorted(layers))}
         self._placements: dict[int, KnownPlacement] = {}  # by version; a new epoch may write it again, unchanged
         self._peers: dict[int, tuple[bytes, Peer]] = {}  # by incarnation
@@ -216,7 +220,7 @@ class ExpertServer:
         return ""
 
     def _answer(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
-        header, start = incoming.header, time.time_ns()
+        header, start, began = incoming.header, time.time_ns(), time.monotonic()
         layer, rows = self._layers[header.layer], incoming.rows.to(self._limits.dtype)
         try:
             homes = placement.homes[header.layer]
@@ -228,6 +232,7 @@ class ExpertServer:
         frame = self._transport.outgoing(parts * PARTS.itemsize, parts, self._limits.hidden, torch.float32)
         compute_parts(layer, rows, plan, frame.rows)
         write_parts(frame.meta, plan.tokens, plan.experts, plan.weights)
+        self._pace.experts(began, plan.experts)
         reply = self._reply(FrameKind.COMBINE, header)
         reply.digest = plan.digest
         self._transport.send([peer], reply, frame)

@@ -28,6 +28,7 @@ class ExpertsService:
     def __init__(self, instance: Instance, built: Built, moe_layers: tuple[int, ...]) -> None:
         self._instance = instance
         self._server, self._store, self._transport = built.server, built.store, built.transport
+        self._pace = built.pace
         self._moe_layers = moe_layers
         self._kept: list[Placement] = []
         """What is answered, oldest first: at most two versions."""
@@ -64,6 +65,7 @@ class ExpertsService:
         yield sample("exchange_bytes", stats.bytes_sent, direction="sent")
         yield sample("exchange_bytes", stats.bytes_received, direction="received")
         yield sample("compute_seconds", stats.busy_s)
+        yield from self._pace.samples()
         refused = {f"refused_{code}": count for code, count in stats.refused.copy().items()}
         for reason, count in (refused | stats.dropped.copy() | self._transport.dropped.copy()).items():
             yield sample("frames_dropped", count, reason=reason)

@@ -90,6 +90,7 @@ def describe_member(member: Member) -> dict[str, Any]:
         "state": "suspect" if member.suspect else beat.state.value,
         "node": beat.node,
         "device": beat.device,
+        "paced": beat.paced,
         "url": beat.url,
         "detail": beat.detail,
         "model": beat.model.model_dump() if beat.model else None,
@@ -108,8 +109,13 @@ def print_report(report: dict[str, Any], out: Console) -> None:
     table = Table("instance", "state", "node", "device", "serves", box=None, header_style="bold")
     table.add_column("url", no_wrap=True, min_width=max((len(row["url"]) for row in report["instances"]), default=0))
     for row in report["instances"]:
-        table.add_row(row["id"], row["state"], row["node"][:12], row["device"], serves(row, placement), row["url"])
+        table.add_row(row["id"], row["state"], row["node"][:12], device(row), serves(row, placement), row["url"])
     out.print(table)
+
+
+def device(row: dict[str, Any]) -> str:
+    """Where an instance computes, and whether its speed is a profile's."""
+    return f"{row['device']}, paced by {row['paced']}" if row["paced"] else row["device"]
 
 
 def serves(row: dict[str, Any], placement: dict[str, Any] | None) -> str:

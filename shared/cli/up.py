@@ -29,6 +29,7 @@ def up(
     max_num_seqs: Annotated[int, typer.Option(min=0, help="most sequences in one step; 0: default")] = 0,
     kv_memory: Annotated[str, typer.Option(help="memory of each KV cache, e.g. 512MiB")] = "",
     api_key: Annotated[str, typer.Option(help="bearer token that /v1 requires")] = "",
+    pace: Annotated[str, typer.Option(help="device profile, by name or file, whose times all instances keep")] = "",
     verbose: Annotated[bool, typer.Option(help="show every service's log")] = False,
 ) -> None:
     """Start a whole mesh here; prints "ready URL" when it serves. Ctrl-C drains and stops it."""
@@ -39,6 +40,7 @@ def up(
         "max_num_seqs": max_num_seqs or "",
         "kv_memory": kv_memory,
         "api_key": api_key,
+        "pace": pace,
     }
     settings = {k: str(v) for k, v in given.items() if v}
     options = MeshOptions(model, attention, experts, host, port, nats, mesh, settings)

@@ -97,9 +97,7 @@ class UcxTransport:
         self._wake_lock = threading.Lock()
         self._woken = np.zeros(1, np.int64)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller = select.poll()
-        self._poller.register(self._worker.epoll_file_descriptor, select.POLLIN)
-        self._poller.register(self._wake_fd, select.POLLIN)
+        self._descriptors = (self._worker.epoll_file_descriptor, self._wake_fd)
 
     # ---- peers and sending ----------------------------------------------------------------------------------
 
@@ -189,8 +187,8 @@ class UcxTransport:
         self._replace_stuck_receives()
         self._nap = BUSY_SLEEP_S if busy else min(self._nap * 2, IDLE_SLEEP_S)
         if self._worker.arm():
-            ready = self._poller.poll(min(longest, self._nap) * 1e3)
-            if any(fd == self._wake_fd for fd, _ in ready):
+            ready, _, _ = select.select(self._descriptors, (), (), min(longest, self._nap))  # poll() counts whole ms
+            if self._wake_fd in ready:
                 self._woken[0] = 1
 
     def _settle(self) -> None:

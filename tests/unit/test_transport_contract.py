@@ -1,4 +1,4 @@
-"""What every transport promises, checked on both: order, reuse, isolation, waiting, wake, close."""
+"""What every transport promises, checked on all of them: order, reuse, isolation, waiting, wake, close."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,28 +7,32 @@ import numpy as np
 import pytest
 import torch
 
+from shared.device_profile import DeviceProfile
 from shared.errors import TransportError
 from shared.transport.base import FrameKind, Header, Transport
 from shared.transport.memory import MemoryNetwork
+from shared.transport.paced import PacedTransport
 from shared.transport.ucx import UcxTransport
 
 MAX_FRAME = 8 << 20
 SLOTS = 6
+LINK = DeviceProfile("link", link_latency_s=1e-3, link_bytes_per_s=1e9, send_s=1e-4)
 Make = Callable[[], Transport]
 
 
-@pytest.fixture(params=["memory", "ucx", "ucx rows apart", "ucx tcp"])
+@pytest.fixture(params=["memory", "memory paced", "ucx", "ucx rows apart", "ucx tcp", "ucx paced"])
 def make(request, monkeypatch) -> Iterator[Make]:
     monkeypatch.setenv("UCX_NET_DEVICES", "lo")
     network = MemoryNetwork()
     made: list[Transport] = []
 
     def make_one() -> Transport:
-        if request.param == "memory":
-            made.append(network.transport(MAX_FRAME, SLOTS))
+        if "memory" in request.param:
+            one: Transport = network.transport(MAX_FRAME, SLOTS)
         else:
             tls, apart = "tcp" if "tcp" in request.param else "", "apart" in request.param
-            made.append(UcxTransport(MAX_FRAME, tls=tls, receive_slots=SLOTS, rows_apart=apart))
+            one = UcxTransport(MAX_FRAME, tls=tls, receive_slots=SLOTS, rows_apart=apart)
+        made.append(PacedTransport(one, LINK) if "paced" in request.param else one)
         return made[-1]
 
     yield make_one
