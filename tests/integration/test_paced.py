@@ -50,7 +50,6 @@ def test_a_paced_mesh_gives_the_same_bits_at_the_speed_of_its_profile_and_is_lab
         }  # fmt: skip
         for kind in (Kind.ATTENTION, Kind.EXPERTS):
             assert metric(mesh, instances[kind]["url"], 'paced{profile="paced-test"}') == 1
-        layers = members[0].heartbeat.model or next(m.heartbeat.model for m in members if m.heartbeat.model)
         model = next(m.heartbeat.model for m in members if m.heartbeat.model)
         exchanges = metric(mesh, instances[Kind.ATTENTION]["url"], "steps_total") * len(model.moe_layers)
         least = exchanges * experts_seconds(load_profile("--pace", str(profile)), 1)
