@@ -73,15 +73,17 @@ class Header:
     """COMBINE: digest of top-k ids and replica choice of the whole exchange."""
     trace_id: bytes = bytes(16)
     span_id: bytes = bytes(8)
+    sent: int = 0
+    """When it was sent, by a paced transport: microseconds of the host's monotonic clock modulo 2**32; 0: not told."""
 
-    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<4sHHQQQIIQQQQIIIHHQQ16s8s")
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<4sHHQQQIIQQQQIIIHHIIQ16s8s")
 
     def pack_into(self, buffer: np.ndarray) -> None:
         """Write the header to the first HEADER_BYTES of ``buffer`` (uint8)."""
         self.LAYOUT.pack_into(
             buffer.data, 0, MAGIC, WIRE_VERSION, self.kind, self.mesh, self.sender, self.sequence, self.attempt,
             self.layer, self.epoch, self.group, self.placement, self.live, self.rows, self.columns, self.flags,
-            self.dtype, 0, self.meta_bytes, self.digest, self.trace_id, self.span_id,
+            self.dtype, 0, self.meta_bytes, self.sent, self.digest, self.trace_id, self.span_id,
         )  # fmt: skip
 
     @classmethod
@@ -91,7 +93,7 @@ class Header:
             raise BadFrame(f"frame of {len(buffer)} bytes is shorter than its header")
         (
             magic, version, kind, mesh, sender, sequence, attempt, layer, epoch, group, placement, live, rows, columns,
-            flags, dtype, _, meta_bytes, digest, trace_id, span_id,
+            flags, dtype, _, meta_bytes, sent, digest, trace_id, span_id,
         ) = cls.LAYOUT.unpack_from(buffer.data)  # fmt: skip
         if magic != MAGIC or version != WIRE_VERSION:
             raise BadFrame(f"magic {magic!r} version {version}: expected {MAGIC!r} version {WIRE_VERSION}")
@@ -99,7 +101,7 @@ class Header:
             raise BadFrame(f"unknown row dtype code {dtype}")
         return cls(
             kind, mesh, sender, sequence, attempt, epoch, group, placement, live, layer, rows, columns, dtype, flags,
-            meta_bytes, digest, trace_id, span_id,
+            meta_bytes, digest, trace_id, span_id, sent,
         )  # fmt: skip
 
     @property

@@ -1,7 +1,8 @@
 """A transport whose frames take a device profile's time to arrive.
 
-Wraps any other transport on both sides and changes nothing on the wire: a frame is held back for the link's time after
-its arrival, in order per sender. Sending is asynchronous, but for the time that each message occupies its sender.
+Wraps any other transport: its sends tell the time, its receives hold a frame back until the link's time has passed
+since then, in order per sender. Sending is asynchronous, but for the time that each message occupies its sender.
+For instances of one host, which share a clock; a frame that tells no plausible time counts as sent when it arrives.
 """
 
 import heapq
@@ -13,16 +14,32 @@ import torch
 from shared.device_profile import DeviceProfile, link_seconds
 from shared.transport.base import Header, Incoming, Outgoing, Peer, Transport
 
+SERVE_S = 0.005
+"""How often the link is served while its thread sleeps, for frames so long that both sides have to work on them."""
+OLDEST_S = 1.0
+"""A frame that claims to be older was stamped by another host's clock, or somebody was stopped."""
+
 
 class PacedTransport:
-    """See ``Transport``. ``wait_until`` is how its thread passes the time while a modelled device would compute."""
+    """See ``Transport``. ``wait_until`` is how its thread passes the time while a modelled device would compute.
 
-    def __init__(self, inner: Transport, profile: DeviceProfile, clock: Callable[[], float] = time.monotonic) -> None:
+    While frames are held and while a device computes, a ``wake`` takes effect only when that time is over. Sleeps are
+    plain ones: those that listen take several times as much of a core, and many instances share few.
+    """
+
+    def __init__(
+        self,
+        inner: Transport,
+        profile: DeviceProfile,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.address = inner.address
         self.dropped = inner.dropped
         self._inner = inner
         self._profile = profile
         self._clock = clock
+        self._sleep = sleep
         self._held: list[tuple[float, int, Incoming]] = []
         """Heap of (due, number, frame)."""
         self._number = 0
@@ -39,19 +56,24 @@ class PacedTransport:
 
     def send(self, peers: Sequence[Peer], header: Header, frame: Outgoing) -> None:
         self.wait_until(self._clock() + len(peers) * self._profile.send_s)  # nobody is done before the last message
+        header.sent = int(self._clock() * 1e6) % 2**32
         self._inner.send(peers, header, frame)
 
     def wait_until(self, moment: float) -> None:
-        """Returns at ``moment`` of the clock; until then frames arrive as they would while a device computes."""
+        """Returns at ``moment`` of the clock."""
+        self._take_in(0.0)
         while (left := moment - self._clock()) > 0:
-            self._listen(left)
+            self._sleep(min(left, SERVE_S))
+            self._take_in(0.0)
 
     def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
-        """Sleeps as an idle transport does, whatever ``busy`` says: many instances share few cores."""
+        """Sleeps as an idle transport does, whatever ``busy`` says."""
         deadline = self._clock() + timeout
         while True:
-            until = min(deadline, self._held[0][0]) if self._held else deadline
-            self._listen(0.0 if self._woken else max(0.0, until - self._clock()))
+            if self._held:
+                self.wait_until(min(deadline, self._held[0][0]))
+            else:
+                self._take_in(0.0 if self._woken else max(0.0, deadline - self._clock()))
             now = self._clock()
             if self._held and self._held[0][0] <= now:
                 return heapq.heappop(self._held)[2]
@@ -59,14 +81,17 @@ class PacedTransport:
                 self._woken = False
                 return None
 
-    def _listen(self, timeout: float) -> None:
-        """Take in whatever arrives first and with it; returns early then, or at a ``wake``."""
+    def _take_in(self, timeout: float) -> None:
+        """Hold whatever arrives first and with it; returns early then, or at a ``wake``."""
         while (frame := self._inner.receive(timeout, busy=False)) is not None:
             self._hold(frame)
             timeout = 0.0
 
     def _hold(self, frame: Incoming) -> None:
-        due = self._clock() + link_seconds(self._profile, frame.header.frame_bytes)
+        now = self._clock()
+        age = (int(now * 1e6) - frame.header.sent) % 2**32 * 1e-6
+        sent = now - age if frame.header.sent and age < OLDEST_S else now
+        due = sent + link_seconds(self._profile, frame.header.frame_bytes)
         before = (at for at, _, other in self._held if other.header.sender == frame.header.sender)
         self._number += 1
         heapq.heappush(self._held, (max([due, *before]), self._number, frame))

@@ -27,10 +27,11 @@ headers = st.builds(
     columns=u32,
     dtype=st.integers(0, len(DTYPES) - 1),
     flags=u32,
-    meta_bytes=u64,
+    meta_bytes=u32,
     digest=u64,
     trace_id=st.binary(min_size=16, max_size=16),
     span_id=st.binary(min_size=8, max_size=8),
+    sent=u32,
 )
 
 
