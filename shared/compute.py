@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # torch and numba read an environment that `run_compute` has 
 
 C = TypeVar("C", bound=MeshConfig)
 T = TypeVar("T")
+PACED_NAP_S = 0.01
+"""Paced instances are many on few cores: they sleep longer at a time, and may lose more when UCX loses a wakeup."""
 log = logging.getLogger(__name__)
 
 
@@ -74,11 +76,11 @@ class ComputeSide:
         from shared.transport.ucx import UcxTransport
 
         spec = self.checkpoint.spec
-        transport = UcxTransport(longest_frame(rows, spec.router.top_k, spec.hidden), self.device, tls)
+        make = partial(UcxTransport, longest_frame(rows, spec.router.top_k, spec.hidden), self.device, tls)
         if self.profile is None:
-            return transport, UNPACED
+            return make(), UNPACED
         sleep_exactly()
-        paced = PacedTransport(transport, self.profile)
+        paced = PacedTransport(make(nap_s=PACED_NAP_S), self.profile)
         return paced, Pacer(self.profile if spec.shared_hidden else self.profile.without_shared(), paced.wait_until)
 
 

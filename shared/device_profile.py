@@ -59,9 +59,16 @@ BUILT_IN: Mapping[str, DeviceProfile] = {
         DeviceProfile(
             "synthetic-10ms",
             "synthetic: made-up test values of no device; about 10 ms per layer in small batches",
-            attention_floor_s=3e-3, attention_row_s=50e-6, attention_position_s=100e-9,
-            shared_s=1e-3, shared_row_s=10e-6, experts_s=1e-3, expert_s=0.5e-3, head_s=1e-3, head_row_s=10e-6,
-            link_latency_s=0.5e-3, link_bytes_per_s=1e9, send_s=20e-6,
+            attention_floor_s=4e-3, attention_row_s=0.1e-3, attention_position_s=0.5e-6, shared_s=1e-3,
+            shared_row_s=10e-6, experts_s=3e-3, expert_s=0.5e-3, head_s=2e-3, head_row_s=10e-6, link_latency_s=0.5e-3,
+            link_bytes_per_s=1e9,
+        ),
+        DeviceProfile(
+            "synthetic-40ms",
+            "synthetic: made-up test values of no device; four times slower than synthetic-10ms, for large pools",
+            attention_floor_s=16e-3, attention_row_s=0.4e-3, attention_position_s=2e-6, shared_s=4e-3,
+            shared_row_s=40e-6, experts_s=12e-3, expert_s=2e-3, head_s=8e-3, head_row_s=40e-6, link_latency_s=2e-3,
+            link_bytes_per_s=0.25e9,
         ),
         DeviceProfile(
             "synthetic-latency-5ms",

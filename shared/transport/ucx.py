@@ -43,6 +43,7 @@ class UcxTransport:
         receive_slots: most frames that may be held at once, plus one for each peer that died while sending.
         spin_us: microseconds of polling before a busy ``receive`` sleeps. Every turn yields the core; yet where
             services share cores, one that polls for long takes whole slices from those that compute.
+        nap_s: bounds the sleeps of a ``receive`` that is not busy: twice that after a frame, doubling up to 100 ms.
         rows_apart: send rows as a message of their own; None: when the device is not a CPU.
 
     Raises TransportError when UCX cannot start with these settings.
@@ -55,13 +56,14 @@ class UcxTransport:
         tls: str = "",
         receive_slots: int = 256,
         spin_us: float = 100.0,
+        nap_s: float = BUSY_SLEEP_S,
         rows_apart: bool | None = None,
     ) -> None:
         self.dropped: dict[str, int] = {"malformed": 0, "too_long": 0, "broken": 0}
         self._ucx = Ucx()
         self._device = device or torch.device("cpu")
         self._spin = spin_us * 1e-6
-        self._nap = BUSY_SLEEP_S
+        self._nap = self._first_nap = nap_s
         self._closed = False
         self._start_worker(tls)
         self._start_waiting()
@@ -154,7 +156,7 @@ class UcxTransport:
             self._post_receives()
             frame = self._wait(min(deadline, spin_until))
             if frame is not None:
-                self._nap = BUSY_SLEEP_S
+                self._nap = self._first_nap
                 return frame
             now = time.monotonic()
             if self._woken[0] or now >= deadline:
@@ -195,7 +197,7 @@ class UcxTransport:
         """Take notice of a ``wake``."""
         if self._woken[0]:
             self._woken[0] = 0
-            self._nap = BUSY_SLEEP_S
+            self._nap = self._first_nap
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
 
