@@ -14,7 +14,7 @@ import torch
 from shared.device_profile import DeviceProfile, link_seconds
 from shared.transport.base import Header, Incoming, Outgoing, Peer, Transport
 
-SERVE_S = 0.005
+SERVE_S = 0.02
 """How often the link is served while its thread sleeps, for frames so long that both sides have to work on them."""
 OLDEST_S = 1.0
 """A frame that claims to be older was stamped by another host's clock, or somebody was stopped."""
