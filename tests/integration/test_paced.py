@@ -9,7 +9,7 @@ import pytest
 
 from bench.common import refuse_paced
 from shared.cli.children import ChildDied
-from shared.cli.status import describe, look
+from shared.cli.status import describe, device, look
 from shared.device_profile import experts_seconds, load_profile
 from shared.messages import Kind
 from tests.mesh import RunningMesh, running_mesh
@@ -48,6 +48,7 @@ def test_a_paced_mesh_gives_the_same_bits_at_the_speed_of_its_profile_and_is_lab
         assert {kind: row["paced"] for kind, row in instances.items()} == {
             "gateway": "", "scheduler": "", "attention": "paced-test", "experts": "paced-test",
         }  # fmt: skip
+        assert device(instances[Kind.EXPERTS]) == "cpu, paced by paced-test"
         for kind in (Kind.ATTENTION, Kind.EXPERTS):
             assert metric(mesh, instances[kind]["url"], 'paced{profile="paced-test"}') == 1
         model = next(m.heartbeat.model for m in members if m.heartbeat.model)
