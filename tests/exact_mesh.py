@@ -17,6 +17,7 @@ from services.attention.engine import Engine
 from services.attention.exchange import ExpertInstance, View
 from services.attention.kv_cache import BlockPool
 from services.attention.mesh_exchange import MeshExchange
+from services.attention.micro_batches import MicroBatching
 from services.attention.step import ModelRunner
 from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
 from shared.kernels.cpu import CpuKernels
@@ -44,6 +45,7 @@ class Shape:
     batched_tokens: int = 512
     kv_blocks: int = 256
     block_size: int = 16
+    micro_batches: int = 1
 
 
 @dataclass
@@ -169,7 +171,8 @@ def make_engine(
     )  # fmt: skip
     pool = BlockPool(shape.kv_blocks, shape.block_size)
     cache = parts.decoder.new_cache(shape.kv_blocks, shape.block_size)
-    runner = ModelRunner(parts.decoder, cache, exchange, shape.block_size)
+    micro_batching = MicroBatching(shape.micro_batches)
+    runner = ModelRunner(parts.decoder, cache, exchange, shape.block_size, micro_batching=micro_batching)
 
     def emit(gateway: str, deltas: list[TokenDelta]) -> None:
         for delta in deltas:

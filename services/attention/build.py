@@ -14,6 +14,7 @@ from services.attention.batching import Batcher, Limits
 from services.attention.engine import Emit, Engine
 from services.attention.kv_cache import BlockPool
 from services.attention.mesh_exchange import MeshExchange
+from services.attention.micro_batches import MicroBatching
 from services.attention.replies import Arrangement
 from services.attention.sizing import context_length, plan_limits
 from services.attention.step import ModelRunner
@@ -56,7 +57,8 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
         mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline,
     )  # fmt: skip
-    runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers)
+    micro_batching = MicroBatching(config.micro_batches)
+    runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers, micro_batching)
     side.say("compiling kernels")
     with torch.inference_mode():
         warm_up(runner, kernels, spec.router.top_k)

@@ -67,6 +67,10 @@ class Exchange(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Give up all exchanges that are open: their step has failed."""
+        ...
+
     def idle_wait(self, timeout: float) -> None:
         """Nothing to do, or not ready: drop stale frames and probe suspects, until ``timeout`` (s) or ``wake``."""
         ...

@@ -73,11 +73,14 @@ class MeshExchange:
     # ---- between steps ----------------------------------------------------------------------------------
 
     def update(self, view: View) -> None:
-        for pending in list(self._inbox.open.values()):
-            self._close(pending)
+        self.abandon()
         newcomers = self._targets.update(view)
         if newcomers:
             self._hello(newcomers)
+
+    def abandon(self) -> None:
+        for pending in list(self._inbox.open.values()):
+            self._close(pending)
 
     def ready(self) -> bool:
         return self._targets.ready()
@@ -129,7 +132,7 @@ class MeshExchange:
     def _gather(self, pending: Pending) -> None:
         """Return when all replies are here, agree and are arranged."""
         if pending.sequence not in self._inbox.open:
-            raise ExchangeUnavailable(pending.layer, [], "the exchange was given up by an update")
+            raise ExchangeUnavailable(pending.layer, [], "the exchange was given up")
         while True:
             while pending.missing:
                 self._wait(pending)
@@ -192,14 +195,16 @@ class MeshExchange:
 
     def _look_for_dead(self, pending: Pending) -> None:
         lost = self._targets.unreachable(pending.missing, self._members)
-        if not lost:
+        if lost:
+            self._stats.suspected.update(self._targets.names(lost))
+            self._targets.lose(lost)
+        gone = pending.missing & ~self._targets.live  # also those that another open exchange found dead
+        if not gone:
             return
-        self._stats.suspected.update(self._targets.names(lost))
-        self._targets.lose(lost)
         if not self._targets.asked(pending.layer):
             pending.problem = "gone, and some experts have no other home"
-            raise self._unavailable(pending, lost)
-        self._again(pending, lost, "connection")
+            raise self._unavailable(pending, gone)
+        self._again(pending, gone, "connection")
 
     def _disagree(self, pending: Pending, reason: str) -> None:
         pending.disagreements += 1

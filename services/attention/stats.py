@@ -33,6 +33,8 @@ class EngineStats:
     unacknowledged: int = 0
     """Requests whose output a gateway has not acknowledged to the end."""
     steps: int = 0
+    split_steps: int = 0
+    """Those with more than one micro-batch."""
     prompt_tokens: int = 0
     """Rows computed in prefill, repeats after a preemption included."""
     reused_tokens: int = 0
@@ -71,6 +73,7 @@ def samples(stats: EngineStats, limits: Limits, step_seconds: Buckets, refused: 
     yield sample("kv_blocks_used", stats.kv_blocks_used)
     yield sample("placement_version", stats.placement)
     yield sample("steps", stats.steps)
+    yield sample("split_steps", stats.split_steps)
     yield sample("step_seconds", step_seconds)
     yield sample("prompt_tokens", stats.prompt_tokens)
     yield sample("prefix_cache_tokens", stats.reused_tokens)

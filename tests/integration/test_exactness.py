@@ -64,11 +64,14 @@ faults = st.builds(
     st.fixed_dictionaries(dict.fromkeys(FrameKind, rates)),
 )
 shapes = st.builds(
-    lambda pool, homes, tokens, blocks: Shape(pool[0], pool[1], min(homes, pool[1]), tokens, blocks[0], blocks[1]),
+    lambda pool, homes, tokens, blocks, micro_batches: Shape(
+        pool[0], pool[1], min(homes, pool[1]), tokens, blocks[0], blocks[1], micro_batches
+    ),
     st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2)]),
     st.integers(1, 3),
     st.sampled_from([3, 8, 31, 64, 512]),
     st.sampled_from([(256, 16), (9, 16), (40, 4), (130, 1)]),  # the later ones leave room for little more than one
+    st.sampled_from([0, 1, 2]),
 )
 batches = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), min_size=1, max_size=6)
 
