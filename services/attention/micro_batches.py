@@ -1,8 +1,8 @@
 """Ping-pong micro-batches: how a step is cut in two, and whether that pays. Pure; the caller measures.
 
 While the experts of one micro-batch compute, the attention side works on the other one (MegaScale-Infer, section 4;
-JANUS relies on the same overlap). It pays where devices or links keep each other waiting, and costs where both sides share
-cores or where experts read their weights twice: so it is measured, and off unless it wins.
+JANUS relies on the same overlap). It pays where devices or links keep each other waiting, and costs where both sides
+share cores or experts read their weights twice: so it is measured, and off unless it wins.
 """
 
 from collections.abc import Sequence
