@@ -201,9 +201,10 @@ def cores_for(name: str, options: MeshOptions, cores: list[int]) -> str:
     them on the other one.
     """
     kind, _, number = name.partition("-")
-    if kind != "experts":
+    instances = {"attention": options.attention, "experts": options.experts}.get(kind)
+    if not instances or (kind=="attention" and os.environ.get("MM_NOPIN")):
         return ""
-    share = max(1, len(cores) // options.experts)
+    share = max(1, len(cores) // instances)
     first = int(number) * share % len(cores)
     return ",".join(map(str, cores[first : first + share]))
 
