@@ -2,8 +2,8 @@
 
     python bench/monolith.py --model DIR --attention 1 --experts 2 --batch 1,32 --json
 
-Both are up all the time (an idle one takes next to no CPU) and serve the same prompts in turn, in interleaved repeats of
-one run. Ratios of the time per output token are medians over repeats.
+Both are up all the time (an idle one takes next to no CPU) and serve the same prompts in turn, in repeats of one run.
+Ratios of the time per output token are medians over repeats.
 """
 
 import argparse
