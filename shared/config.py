@@ -59,6 +59,7 @@ class AttentionConfig(MeshConfig):
     exchange_deadline: float = setting(2.0, "seconds to wait for the replies of one exchange before it is repeated")
     no_home_deadline: float = setting(30.0, "seconds that requests wait while an expert has no live home")
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
+    monolith: bool = setting(False, "hold every expert in this process: no expert instances and no exchange")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
     # Imported here: torch and numba read the environment that main has set.
     from services.attention.build import build
     from services.attention.server import AttentionServer
-    from services.attention.stats import exchange_samples, facts, samples
+    from services.attention.stats import facts, samples
     from shared.placement_watch import PlacementWatch
 
     instance = side.instance
@@ -35,14 +35,15 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
 
     def read_metrics() -> Iterable[Sample]:
         yield from samples(engine.stats, limits, engine.step_seconds, engine.desk.refused)
-        yield from exchange_samples(built.exchange.stats())
+        yield from built.exchange.samples()
 
     instance.telemetry.collect(read_metrics)
     computing = instance.spawn(side.call(built.run), "compute")
     watch = await PlacementWatch(instance).start()
     await server.start(engine, watch, limits.max_model_len, built.exchange.foresee)
     device = str(side.device)
-    await instance.ready(lambda: {"attention": facts(engine.stats, limits, time.monotonic()), "device": device})
+    read_facts = partial(facts, limits=limits, monolith=config.monolith)
+    await instance.ready(lambda: {"attention": read_facts(engine.stats, now=time.monotonic()), "device": device})
     await instance.until_stopped()
     await server.drain(config.drain_s)
     engine.stop()

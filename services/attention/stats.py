@@ -49,7 +49,7 @@ class EngineStats:
         return self.unready_since is not None and now - self.unready_since > NO_EXPERTS_GRACE_S
 
 
-def facts(stats: EngineStats, limits: Limits, now: float) -> AttentionFacts:
+def facts(stats: EngineStats, limits: Limits, now: float, monolith: bool = False) -> AttentionFacts:
     """The heartbeat's part about this instance."""
     return AttentionFacts(
         max_model_len=limits.max_model_len,
@@ -62,6 +62,7 @@ def facts(stats: EngineStats, limits: Limits, now: float) -> AttentionFacts:
         outstanding_tokens=stats.outstanding_tokens,
         kv_blocks_used=stats.kv_blocks_used,
         stalled=stats.stalled or stats.without_experts(now),
+        monolith=monolith,
     )
 
 

@@ -1,15 +1,42 @@
 """The routed experts of one layer: its gate, and whichever experts are resident here. Knows no homes and no slots."""
 
 from collections.abc import Iterable
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.activation import Parts
 from shared.errors import ModelError
 from shared.kernels.base import ExpertTable, Kernels
 from shared.models.layout import expert_roles, router_roles
 from shared.models.loader import Checkpoint
 from shared.models.scratch import Scratch
+
+
+class ExpertLayer(Protocol):
+    """What computing parts asks of ``MoeLayer``."""
+
+    @property
+    def weighs_input(self) -> bool: ...
+
+    def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None: ...
+
+
+def compute_parts(layer: ExpertLayer, rows: Tensor, parts: Parts, out: Tensor) -> None:
+    """out fp32 [P, H] = the parts' experts applied to their rows of rows [T, H], not weighted."""
+    if len(parts.tokens):
+        tokens, experts, weights = (torch.from_numpy(array).to(rows.device) for array in parts)
+        layer.forward(rows, tokens, experts, weights, out)
+
+
+def weights_of_sum(layer: ExpertLayer, parts: Parts) -> NDArray[np.float32]:
+    """fp32 [P]: factors of the parts when they are summed."""
+    return np.ones_like(parts.weights) if layer.weighs_input else parts.weights
 
 
 class MoeLayer:
