@@ -73,17 +73,30 @@ def choose_replicas(ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int
         ValueError: an id is not in 0..E-1.
     """
     replicas = np.empty_like(ids)
-    code = _choose(ids, homes, np.uint64(live), replicas)
+    _refuse(_choose(ids, homes, np.uint64(live), replicas), len(homes))
+    return replicas
+
+
+def _refuse(code: int, experts: int) -> None:
+    """Raise what ``_choose`` has found wrong."""
     if code == _BAD_ID:
-        raise ValueError(f"expert ids must be in 0..{len(homes) - 1}")
+        raise ValueError(f"expert ids must be in 0..{experts - 1}")
     if code >= 0:
         raise NoLiveHome(code)
-    return replicas
 
 
 def exchange_digest(ids: NDArray[np.int32], replicas: NDArray[np.int32]) -> int:
     """64-bit digest of the top-k ids and the replica choice of a whole exchange (both int32 [T, k])."""
     return int(_digest(ids, replicas))
+
+
+def plan_exchange(
+    ids: NDArray[np.int32], weights: NDArray[np.float32], homes: NDArray[np.uint64], live: int, instance: int
+) -> tuple[Parts, int]:
+    """``choose_replicas``, then ``own_parts`` of ``instance`` and ``exchange_digest``, in one compiled call."""
+    code, digest, *parts = _plan(ids, weights, homes, np.uint64(live), instance)
+    _refuse(code, len(homes))
+    return Parts(*parts), int(digest)
 
 
 def own_parts(
@@ -211,6 +224,17 @@ def _own(ids, replicas, weights, instance):  # noqa: ANN001, ANN202
                 starts[ids[t, j]] += 1
                 tokens[p], experts[p], own[p] = t, ids[t, j], weights[t, j]
     return tokens, experts, own
+
+
+@njit(cache=True, nogil=True)
+def _plan(ids, weights, homes, live, instance):  # noqa: ANN001, ANN202
+    """(what ``_choose`` returns, digest, tokens, experts, weights)"""
+    replicas = np.empty_like(ids)
+    code = _choose(ids, homes, live, replicas)
+    if code != -1:
+        replicas[:] = -1
+    tokens, experts, own = _own(ids, replicas, weights, instance)
+    return code, _digest(ids, replicas), tokens, experts, own
 
 
 @njit(cache=True, nogil=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.activation import Parts, choose_replicas, exchange_digest, own_parts
+from shared.activation import Parts, plan_exchange
 from shared.models.moe import ExpertLayer, weights_of_sum
 
 
@@ -32,6 +32,5 @@ def plan_parts(layer: ExpertLayer, rows: Tensor, homes: NDArray[np.uint64], live
         none = Parts(nothing, nothing, np.empty(0, np.float32))
         return Plan(none, none.weights, 0)
     weights, ids = (tensor.numpy(force=True) for tensor in layer.gate(rows))
-    replicas = choose_replicas(ids, homes, live)
-    parts = own_parts(ids, replicas, weights, instance)
-    return Plan(parts, weights_of_sum(layer, parts), exchange_digest(ids, replicas))
+    parts, digest = plan_exchange(ids, weights, homes, live, instance)
+    return Plan(parts, weights_of_sum(layer, parts), digest)

@@ -204,7 +204,7 @@ def cores_for(name: str, options: MeshOptions, cores: list[int]) -> str:
     """
     kind, _, number = name.partition("-")
     instances = {"attention": options.attention, "experts": options.experts}.get(kind)
-    if not instances or (kind=="attention" and os.environ.get("MM_NOPIN")):
+    if not instances or (kind == "attention" and os.environ.get("MM_NOPIN")):
         return ""
     share = max(1, len(cores) // instances)
     first = int(number) * share % len(cores)

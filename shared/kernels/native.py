@@ -19,9 +19,7 @@ from shared.kernels.jit import I64, intrinsic, kernel, view1
 
 NUMBERS, FRACTIONS = 28, 2
 """Most whole numbers and floating-point numbers that a kernel may take."""
-CALL = np.dtype(
-    [("function", "<i8"), ("refuses", "<i8"), ("numbers", "<i8", NUMBERS), ("fractions", "<f8", FRACTIONS)]
-)
+CALL = np.dtype([("function", "<i8"), ("refuses", "<i8"), ("numbers", "<i8", NUMBERS), ("fractions", "<f8", FRACTIONS)])
 """One call: the function's address, whether its result says that it refuses its input, and its arguments."""
 _SIZE, _NUMBERS_AT, _FRACTIONS_AT = CALL.itemsize, CALL.fields["numbers"][1], CALL.fields["fractions"][1]
 

@@ -1,5 +1,5 @@
 """One core for each thread of a team, so that a thread that wakes up never queues behind its own team."""
-# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
+# ruff: noqa: ANN001, ANN202 - numba infers the types
 
 import ctypes
 from collections.abc import Sequence
