@@ -30,7 +30,7 @@ def all_bars(scratch: Path) -> list[dict[str, Any]]:
 
     model = scratch / "bench-1b"
     make_checkpoint("bench-1b", model)
-    results = [run(script, "--model", str(model), "--json") for script in ("decode.py", "pauses.py")]
+    results = [run(script, "--model", str(model), "--json") for script in ("decode.py", "pauses.py", "monolith.py")]
     return [{"bench": result["bench"], **bar} for result in results for bar in result["bars"]]
 
 

@@ -1,5 +1,6 @@
-"""What every bench shares: bars, medians, the JSON on the last line, and a reader of streamed completions."""
+"""What the benches share: bars, medians, the JSON on the last line, batches of streamed completions."""
 
+import asyncio
 import json
 import statistics
 import time
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
+import numpy as np
 
 from shared.cli.mesh import LocalMesh
 from shared.cli.status import look
@@ -95,3 +97,36 @@ def take_event(stream: Stream, event: dict[str, Any]) -> None:
         ids = choice.get("token_ids") or []
         stream.tokens += ids
         stream.arrivals += [time.perf_counter()] * len(ids)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured batch: seconds to first token, seconds per output token, output tokens per second."""
+
+    ttft: float
+    tpot: float
+    rate: float
+
+
+def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    """Seeded random token ids [batch, length]."""
+    return np.random.default_rng(seed).integers(1, vocab, (batch, length)).tolist()
+
+
+async def run_mesh(url: str, ids: list[list[int]], output: int) -> Sample:
+    """All prompts at once as separate streams."""
+    limits = httpx.Limits(max_connections=len(ids))
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+        start = time.perf_counter()
+        streams = await asyncio.gather(*(stream_tokens(client, url, p, output) for p in ids))
+        spent = time.perf_counter() - start
+    assert all(len(s.tokens) == output for s in streams), [len(s.tokens) for s in streams]
+    return Sample(median([s.ttft for s in streams]), median([s.tpot for s in streams]), len(ids) * output / spent)
+
+
+def medians(samples: list[Sample]) -> dict[str, float]:
+    return {
+        "ttft_ms": round(median([s.ttft for s in samples]) * 1e3, 1),
+        "tpot_ms": round(median([s.tpot for s in samples]) * 1e3, 2),
+        "tokens_per_s": round(median([s.rate for s in samples]), 1),
+    }

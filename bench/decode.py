@@ -12,9 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import torch
-from common import Bar, median, refuse_paced, report, stream_tokens
+from common import Bar, Sample, median, medians, prompts, refuse_paced, report, run_mesh
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
@@ -24,15 +23,6 @@ from shared.cli.mesh import LocalMesh, MeshOptions
 PROBE_TOKENS = 6
 GATHERED_MAX = 4 << 30
 """Bytes of weights that batched_mm may copy in a prefill, which gathers one expert's weights for every part."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One measured batch: seconds to first token, seconds per output token, output tokens per second."""
-
-    ttft: float
-    tpot: float
-    rate: float
 
 
 @dataclass(frozen=True)
@@ -71,23 +61,6 @@ class Stamps(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
-    """Seeded random token ids [batch, length]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, vocab, (batch, length), generator=generator).tolist()
-
-
-async def run_mesh(url: str, ids: list[list[int]], output: int) -> Sample:
-    """All prompts at once as separate streams."""
-    limits = httpx.Limits(max_connections=len(ids))
-    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
-        start = time.perf_counter()
-        streams = await asyncio.gather(*(stream_tokens(client, url, p, output) for p in ids))
-        spent = time.perf_counter() - start
-    assert all(len(s.tokens) == output for s in streams), [len(s.tokens) for s in streams]
-    return Sample(median([s.ttft for s in streams]), median([s.tpot for s in streams]), len(ids) * output / spent)
 
 
 def load_peers(model: str) -> list[Peer]:
@@ -162,14 +135,6 @@ def row(batch: int, ours: list[Sample], theirs: list[Sample], peer: Peer | None)
     if peer:
         result["transformers"] = {**medians(theirs), "dtype": peer.dtype, "experts": peer.experts}
     return result
-
-
-def medians(samples: list[Sample]) -> dict[str, float]:
-    return {
-        "ttft_ms": round(median([s.ttft for s in samples]) * 1e3, 1),
-        "tpot_ms": round(median([s.tpot for s in samples]) * 1e3, 2),
-        "tokens_per_s": round(median([s.rate for s in samples]), 1),
-    }
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ placement. Sending and waiting are elsewhere (services/attention/exchange.py, se
 """
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -20,6 +21,15 @@ PARTS = np.dtype([("token", "<u4"), ("expert", "<u4"), ("weight", "<f4")])
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME = np.uint64(0x100000001B3)
 _SHIFT = np.uint64(32)
+
+
+class Parts(NamedTuple):
+    """P parts, in ascending order of (expert, token)."""
+
+    tokens: NDArray[np.int32]
+    experts: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    """The gate's."""
 
 
 class NoLiveHome(MoemeshError):
@@ -63,12 +73,16 @@ def choose_replicas(ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int
         ValueError: an id is not in 0..E-1.
     """
     replicas = np.empty_like(ids)
-    code = _choose(ids, homes, np.uint64(live), replicas)
+    _refuse(_choose(ids, homes, np.uint64(live), replicas), len(homes))
+    return replicas
+
+
+def _refuse(code: int, experts: int) -> None:
+    """Raise what ``_choose`` has found wrong."""
     if code == _BAD_ID:
-        raise ValueError(f"expert ids must be in 0..{len(homes) - 1}")
+        raise ValueError(f"expert ids must be in 0..{experts - 1}")
     if code >= 0:
         raise NoLiveHome(code)
-    return replicas
 
 
 def exchange_digest(ids: NDArray[np.int32], replicas: NDArray[np.int32]) -> int:
@@ -76,14 +90,30 @@ def exchange_digest(ids: NDArray[np.int32], replicas: NDArray[np.int32]) -> int:
     return int(_digest(ids, replicas))
 
 
+def plan_exchange(
+    ids: NDArray[np.int32], weights: NDArray[np.float32], homes: NDArray[np.uint64], live: int, instance: int
+) -> tuple[Parts, int]:
+    """``choose_replicas``, then ``own_parts`` of ``instance`` and ``exchange_digest``, in one compiled call."""
+    code, digest, *parts = _plan(ids, weights, homes, np.uint64(live), instance)
+    _refuse(code, len(homes))
+    return Parts(*parts), int(digest)
+
+
 def own_parts(
     ids: NDArray[np.int32], replicas: NDArray[np.int32], weights: NDArray[np.float32], instance: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """The parts that ``instance`` computes, by ascending expert, then token.
+) -> Parts:
+    """The parts that ``instance`` computes. ids, replicas int32 [T, k], weights fp32 [T, k]."""
+    return Parts(*_own(ids, replicas, weights, instance))
 
-    ids, replicas int32 [T, k], weights fp32 [T, k] -> tokens int32 [P], experts int32 [P], weights fp32 [P].
+
+def sum_order(parts: Parts, shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """int32 of ``shape`` [T, k]: where the parts of each row lie, in ascending order of experts: that of their sum.
+
+    ``parts`` are all of an exchange: exactly k of every row.
     """
-    return _own(ids, replicas, weights, instance)
+    index = np.empty(shape, np.int32)
+    _by_row(parts.tokens, index)
+    return index
 
 
 def write_parts(
@@ -194,6 +224,27 @@ def _own(ids, replicas, weights, instance):  # noqa: ANN001, ANN202
                 starts[ids[t, j]] += 1
                 tokens[p], experts[p], own[p] = t, ids[t, j], weights[t, j]
     return tokens, experts, own
+
+
+@njit(cache=True, nogil=True)
+def _plan(ids, weights, homes, live, instance):  # noqa: ANN001, ANN202
+    """(what ``_choose`` returns, digest, tokens, experts, weights)"""
+    replicas = np.empty_like(ids)
+    code = _choose(ids, homes, live, replicas)
+    if code != -1:
+        replicas[:] = -1
+    tokens, experts, own = _own(ids, replicas, weights, instance)
+    return code, _digest(ids, replicas), tokens, experts, own
+
+
+@njit(cache=True, nogil=True)
+def _by_row(tokens, index):  # noqa: ANN001, ANN202
+    """Every row takes its parts in the order in which they come: they ascend by expert."""
+    counts = np.zeros(len(index), np.int32)
+    for p in range(len(tokens)):
+        t = tokens[p]
+        index[t, counts[t]] = p
+        counts[t] += 1
 
 
 def longest_frame(rows: int, top_k: int, hidden: int) -> int:

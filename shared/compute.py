@@ -109,7 +109,7 @@ async def _open(
 
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, "compute")
-    await loop.run_in_executor(executor, _settle, parse_cores("--cores", config.cores))
+    await loop.run_in_executor(executor, _settle, parse_cores("--cores", config.cores), threads)
     yield_to_others(threading.get_native_id())
     await instance.say("opening the model")
     checkpoint = await loop.run_in_executor(executor, open_checkpoint, config.model)
@@ -117,14 +117,23 @@ async def _open(
     return ComputeSide(instance, torch.device(device), threads, checkpoint, profile, executor, loop)
 
 
-def _settle(cores: set[int]) -> None:
-    """Keep this thread, and those that it will start, on these cores; anywhere when there are none."""
+def _settle(cores: set[int], threads: int) -> None:
+    """Keep this thread, and those that it will start, on these cores; anywhere when there are none.
+
+    With a core for each of them, they stay apart.
+    """
+    from shared.kernels.pinning import pin_team
+
     if not cores:
         return
     try:
         os.sched_setaffinity(0, cores)
     except OSError as error:
         raise ConfigError("--cores", f"{sorted(cores)}: this process may not run there") from error
+    if len(cores) == threads > 1:
+        pin_team(sorted(cores))
+    if os.environ.get("MM_BATCH") == "1" and threads == 1:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def run_compute(

@@ -51,6 +51,7 @@ class AttentionConfig(MeshConfig):
     max_num_seqs: int = setting(64, "most sequences in one step")
     max_batched_tokens: int = setting(512, "most rows in one step; longer prompts are prefilled in chunks")
     mixed_prefill: int = setting(80, "most prompt rows in a step while most requests generate: bounds their pauses")
+    micro_batches: int = setting(0, "parts of a step that take turns with the experts, 1 or 2; 0: what measures faster")
     max_waiting: int = setting(256, "most requests in the queue; more are refused")
     kv_memory: str = setting("1GiB", "memory of the KV cache, e.g. 512MiB")
     block_size: int = setting(16, "tokens per KV block")
@@ -59,6 +60,7 @@ class AttentionConfig(MeshConfig):
     no_home_deadline: float = setting(30.0, "seconds that requests wait while an expert has no live home")
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")
     pace: str = setting("", "device profile, by name or file, whose times this instance keeps; empty: none")
+    monolith: bool = setting(False, "hold every expert in this process: no expert instances and no exchange")
 
 
 @dataclass(frozen=True)

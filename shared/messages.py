@@ -82,6 +82,8 @@ class AttentionFacts(Message):
     kv_blocks_used: Count = 0
     stalled: bool = False
     """True while requests wait for an expert home, or would."""
+    monolith: bool = False
+    """True: all experts are in this instance, so that it needs no placement."""
 
 
 class ExpertFacts(Message):

@@ -27,6 +27,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "inter_token_latency_seconds": ("histogram", "Between two tokens of one request."),
     "step_seconds": ("histogram", "One forward pass over the current batch."),
     "steps": ("counter", "Forward passes."),
+    "split_steps": ("counter", "Forward passes in two micro-batches that took turns with the experts."),
     "prefix_cache_tokens": ("counter", "Prompt tokens whose keys and values the KV cache had already."),
     "preemptions": ("counter", "Sequences that gave up their KV blocks to be recomputed later."),
     "kv_blocks": ("gauge", "KV blocks of this instance."),

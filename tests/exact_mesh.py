@@ -14,15 +14,18 @@ import torch
 
 from services.attention.batching import Batcher, Limits
 from services.attention.engine import Engine
-from services.attention.exchange import ExpertInstance, View
+from services.attention.exchange import Exchange, ExpertInstance, View
 from services.attention.kv_cache import BlockPool
+from services.attention.local_exchange import LocalExchange
 from services.attention.mesh_exchange import MeshExchange
+from services.attention.micro_batches import MicroBatching
 from services.attention.step import ModelRunner
 from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
 from shared.kernels.cpu import CpuKernels
 from shared.messages import Placement, SamplingParams, Submit, TokenDelta
 from shared.models.decoder import Decoder
 from shared.models.loader import Checkpoint, open_checkpoint
+from shared.models.local import LocalExperts
 from shared.models.moe import MoeLayer
 from shared.models.precision import choose_precision
 from shared.transport.faults import Faults
@@ -39,11 +42,13 @@ class Shape:
 
     attention: int = 1
     experts: int = 1
+    """0: the attention instances are monoliths."""
     homes: int = 1
     """Homes per expert; at most ``experts``."""
     batched_tokens: int = 512
     kv_blocks: int = 256
     block_size: int = 16
+    micro_batches: int = 1
 
 
 @dataclass
@@ -73,6 +78,7 @@ class Parts:
         self.kernels.compile()
         self.decoder = Decoder(self.checkpoint, self.kernels, CPU, torch.float32, 2048)
         self.experts = [self._layers() for _ in range(3)]
+        self.local = LocalExperts(self.checkpoint, self.kernels, CPU, torch.float32)
 
     def _layers(self) -> dict[int, MoeLayer]:
         kernels = CpuKernels(threads=1, precise=self.precise)
@@ -155,21 +161,26 @@ def start_experts(
     return ExpertInstance(f"e{index}", 100 + index, transport.address, 0.0)
 
 
+def make_exchange(parts: Parts, network: MemoryNetwork, incarnation: int) -> Exchange:
+    return MeshExchange(
+        network.transport(max_frame_bytes=4 << 20), parts.kernels, hidden=parts.spec.hidden, dtype=torch.float32,
+        top_k=parts.spec.router.top_k, mesh=MESH_HASH, incarnation=incarnation, deadline=0.1, give_up=20.0, pause=0.002,
+    )  # fmt: skip
+
+
 def make_engine(
     parts: Parts, network: MemoryNetwork, shape: Shape, mesh: ExactMesh, incarnation: int
 ) -> tuple[Engine, BlockPool]:
     """One attention instance without NATS; its deltas go to ``mesh.outputs``."""
-    exchange = MeshExchange(
-        network.transport(max_frame_bytes=4 << 20), parts.kernels, hidden=parts.spec.hidden, dtype=torch.float32,
-        top_k=parts.spec.router.top_k, mesh=MESH_HASH, incarnation=incarnation, deadline=0.1, give_up=20.0, pause=0.002,
-    )  # fmt: skip
+    exchange = make_exchange(parts, network, incarnation) if shape.experts else LocalExchange(parts.local)
     limits = Limits(
         max_model_len=1024, max_num_seqs=min(8, shape.batched_tokens), max_batched_tokens=shape.batched_tokens,
         max_waiting=64, vocab_size=parts.spec.vocab_size, kv_blocks=shape.kv_blocks, block_size=shape.block_size,
     )  # fmt: skip
     pool = BlockPool(shape.kv_blocks, shape.block_size)
     cache = parts.decoder.new_cache(shape.kv_blocks, shape.block_size)
-    runner = ModelRunner(parts.decoder, cache, exchange, shape.block_size)
+    micro_batching = MicroBatching(shape.micro_batches)
+    runner = ModelRunner(parts.decoder, cache, exchange, shape.block_size, micro_batching=micro_batching)
 
     def emit(gateway: str, deltas: list[TokenDelta]) -> None:
         for delta in deltas:

@@ -6,25 +6,25 @@ All of it happens in the compute thread, to which the data plane and the tensors
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from services.attention import sampler
 from services.attention.batching import Batcher, Limits
 from services.attention.engine import Emit, Engine
+from services.attention.exchange import Exchange
 from services.attention.kv_cache import BlockPool
+from services.attention.local_exchange import LocalExchange
 from services.attention.mesh_exchange import MeshExchange
-from services.attention.replies import Arrangement
+from services.attention.micro_batches import MicroBatching
 from services.attention.sizing import context_length, plan_limits
 from services.attention.step import ModelRunner
-from shared.activation import PARTS
 from shared.compute import ComputeSide
 from shared.config import AttentionConfig
 from shared.kernels.base import Kernels, select_kernels
 from shared.models.decoder import Decoder
+from shared.models.local import LocalExperts
 from shared.models.precision import choose_precision
-from shared.pace import Pace
-from shared.transport.base import Transport
+from shared.pace import UNPACED, Pace
 
 
 @dataclass
@@ -32,14 +32,13 @@ class Built:
     """Everything the main thread needs to know."""
 
     engine: Engine
-    exchange: MeshExchange
-    transport: Transport
+    exchange: Exchange
     limits: Limits
     pace: Pace
 
     def run(self) -> None:
         """The compute thread's work until ``engine.stop``."""
-        with closing(self.transport):
+        with closing(self.exchange):
             self.engine.run()
 
 
@@ -53,26 +52,29 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     limits = plan_limits(config, spec, decoder.bytes_per_block(config.block_size))
     side.say(f"KV cache of {limits.kv_blocks * limits.block_size} tokens")
     cache = decoder.new_cache(limits.kv_blocks, limits.block_size)
-    transport, pace = side.data_plane(limits.max_batched_tokens, config.ucx_tls)
+    exchange, pace = make_exchange(config, side, kernels, dtype)
+    micro_batching = MicroBatching(1 if config.monolith else config.micro_batches)
+    runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers, micro_batching, pace)
+    side.say("compiling kernels")
+    with torch.inference_mode():
+        exchange.warm_up(spec.moe_layers[0], runner.warm_up())
+        sampler.warm_up()
+    batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size, config.prefix_cache))
+    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=side.instance.telemetry.record)
+    return Built(engine, exchange, limits, pace)
+
+
+def make_exchange(
+    config: AttentionConfig, side: ComputeSide, kernels: Kernels, dtype: torch.dtype
+) -> tuple[Exchange, Pace]:
+    """Over the data plane, or all experts here; and the pace of this instance. Raises ModelError and TransportError."""
+    spec = side.checkpoint.spec
+    if config.monolith:
+        side.say("loading experts")
+        return LocalExchange(LocalExperts(side.checkpoint, kernels, side.device, dtype)), UNPACED
+    transport, pace = side.data_plane(config.max_batched_tokens, config.ucx_tls)
     exchange = MeshExchange(
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
         mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline,
     )  # fmt: skip
-    runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers, pace)
-    side.say("compiling kernels")
-    with torch.inference_mode():
-        warm_up(runner, kernels, spec.router.top_k)
-    batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size, config.prefix_cache))
-    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=side.instance.telemetry.record)
-    return Built(engine, exchange, transport, limits, pace)
-
-
-def warm_up(runner: ModelRunner, kernels: Kernels, top_k: int) -> None:
-    """Compile every kernel of a step, or load it from the cache on disk."""
-    x = runner.warm_up()
-    arrangement = Arrangement(top_k)
-    parts = np.zeros(top_k, PARTS)
-    parts["expert"] = np.arange(top_k)
-    arrangement.fill(1, [(0, parts.view(np.uint8))], np.ones(top_k, np.uint64))
-    kernels.combine(x, [torch.zeros(top_k, x.shape[1], device=x.device)], *arrangement.tensors(x.device))
-    sampler.warm_up()
+    return exchange, pace

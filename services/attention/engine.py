@@ -176,6 +176,7 @@ class Engine:
             stalled=self._stalled_since is not None and bool(self._requests.active),
             unacknowledged=self._requests.unacknowledged,
             steps=self._steps,
+            split_steps=self._runner.split_steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._requests.generated,
             preemptions=self._batcher.preemptions,

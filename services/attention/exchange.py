@@ -1,16 +1,16 @@
 """The attention side of an exchange: rows go out to the experts, their parts come back and are summed exactly.
 
-Waiting, repeating and deadlines are here; who is asked is in targets.py, what a reply must look like in replies.py.
-Nothing here gates, chooses replicas or computes experts: that is the experts' side.
+The seam only: mesh_exchange.py asks expert instances, local_exchange.py computes the experts of a monolith itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from shared.messages import Placement
+from shared.metrics import Sample
 from shared.telemetry import NO_TRACE
 
 
@@ -42,7 +42,15 @@ class Handle(Protocol):
 
 
 class Exchange(Protocol):
-    """What the engine calls, always from its compute thread (``wake`` from any)."""
+    """What an instance asks of its experts, from its compute thread; ``foresee``, ``wake`` and ``samples`` from any."""
+
+    def warm_up(self, layer: int, x: Tensor) -> None:
+        """Compile what an exchange of ``layer`` runs, on x [1, hidden], which it changes."""
+        ...
+
+    def foresee(self, view: View) -> None:
+        """Who is not in it any more need not be waited for. An ``update`` with it follows."""
+        ...
 
     def update(self, view: View) -> None:
         """Take a new view. Only between steps: exchanges that are still open are given up."""
@@ -67,10 +75,22 @@ class Exchange(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Give up all exchanges that are open: their step has failed."""
+        ...
+
     def idle_wait(self, timeout: float) -> None:
         """Nothing to do, or not ready: drop stale frames and probe suspects, until ``timeout`` (s) or ``wake``."""
         ...
 
     def wake(self) -> None:
-        """End an ``idle_wait`` early. Thread-safe."""
+        """End an ``idle_wait`` early."""
+        ...
+
+    def samples(self) -> Iterable[Sample]:
+        """For /metrics."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the data plane; nothing is called after it."""
         ...

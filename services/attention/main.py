@@ -8,6 +8,7 @@ from functools import partial
 
 from shared.compute import ComputeSide, compute_side, run_compute
 from shared.config import AttentionConfig, load_config
+from shared.errors import ConfigError
 from shared.messages import Kind
 from shared.metrics import Sample
 
@@ -17,6 +18,8 @@ async def serve(config: AttentionConfig, threads: int) -> None:
 
     Raises ConfigError, ModelError, TransportError, BusUnavailable, and whatever ends the compute thread.
     """
+    if config.monolith and config.pace:
+        raise ConfigError("--pace", "a monolith has no pools to pace; leave out --monolith")
     async with compute_side(Kind.ATTENTION, config, threads) as side:
         await _serve_on(side, config)
 
@@ -25,7 +28,7 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
     # Imported here: torch and numba read the environment that main has set.
     from services.attention.build import build
     from services.attention.server import AttentionServer
-    from services.attention.stats import exchange_samples, facts, samples
+    from services.attention.stats import facts, samples
     from shared.placement_watch import PlacementWatch
 
     instance = side.instance
@@ -35,7 +38,7 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
 
     def read_metrics() -> Iterable[Sample]:
         yield from samples(engine.stats, limits, engine.step_seconds, engine.desk.refused)
-        yield from exchange_samples(built.exchange.stats())
+        yield from built.exchange.samples()
         yield from built.pace.samples()
 
     instance.telemetry.collect(read_metrics)
@@ -43,7 +46,8 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
     watch = await PlacementWatch(instance).start()
     await server.start(engine, watch, limits.max_model_len, built.exchange.foresee)
     fixed = {"device": str(side.device), "paced": built.pace.name}
-    await instance.ready(lambda: {"attention": facts(engine.stats, limits, time.monotonic()), **fixed})
+    read_facts = partial(facts, limits=limits, monolith=config.monolith)
+    await instance.ready(lambda: {"attention": read_facts(engine.stats, now=time.monotonic()), **fixed})
     await instance.until_stopped()
     await server.drain(config.drain_s)
     engine.stop()

@@ -6,17 +6,21 @@ which exchange in pending.py, what replies must contain in replies.py.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from services.attention.exchange import Handle, View
 from services.attention.pending import ExchangeStats, Inbox, Pending
 from services.attention.replies import Arrangement
+from services.attention.stats import exchange_samples
 from services.attention.targets import Targets
+from shared.activation import PARTS
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
+from shared.metrics import Sample
 from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Peer, Transport
 
@@ -27,7 +31,7 @@ SLICE_S = 0.05  # how often a waiting exchange looks whether a connection broke
 
 
 class MeshExchange:
-    """See ``Exchange``. Belongs to the compute thread, but for ``wake``, ``foresee`` and ``stats``.
+    """See ``Exchange``. Belongs to the compute thread, but for ``wake``, ``foresee``, ``stats`` and ``samples``.
 
     Args:
         mesh: hash of mesh name and model digest (shared/activation.py).
@@ -61,23 +65,33 @@ class MeshExchange:
         self._targets = Targets(transport)
         self._stats = ExchangeStats()
         self._inbox = Inbox(self._targets, self._stats, mesh, hidden)
+        self._top_k = top_k
         self._arrangement = Arrangement(top_k)
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
 
+    def warm_up(self, layer: int, x: Tensor) -> None:
+        parts = np.zeros(self._top_k, PARTS)
+        parts["expert"] = np.arange(self._top_k)
+        self._arrangement.fill(1, [(0, parts.view(np.uint8))], np.ones(self._top_k, np.uint64))
+        rows = torch.zeros(self._top_k, x.shape[1], device=x.device)
+        self._kernels.combine(x, [rows], *self._arrangement.tensors(x.device))
+
     def foresee(self, view: View) -> None:
-        """From any thread: who is not in it any more need not be waited for. An ``update`` with it follows."""
         self._members = frozenset(instance.incarnation for instance in view.instances.values())
 
     # ---- between steps ----------------------------------------------------------------------------------
 
     def update(self, view: View) -> None:
-        for pending in list(self._inbox.open.values()):
-            self._close(pending)
+        self.abandon()
         newcomers = self._targets.update(view)
         if newcomers:
             self._hello(newcomers)
+
+    def abandon(self) -> None:
+        for pending in list(self._inbox.open.values()):
+            self._close(pending)
 
     def ready(self) -> bool:
         return self._targets.ready()
@@ -94,6 +108,12 @@ class MeshExchange:
     def stats(self) -> ExchangeStats:
         """A copy of the counters; may be called from any thread."""
         return self._stats.copy()
+
+    def samples(self) -> Iterable[Sample]:
+        return exchange_samples(self.stats())
+
+    def close(self) -> None:
+        self._transport.close()
 
     # ---- one exchange -----------------------------------------------------------------------------------
 
@@ -129,7 +149,7 @@ class MeshExchange:
     def _gather(self, pending: Pending) -> None:
         """Return when all replies are here, agree and are arranged."""
         if pending.sequence not in self._inbox.open:
-            raise ExchangeUnavailable(pending.layer, [], "the exchange was given up by an update")
+            raise ExchangeUnavailable(pending.layer, [], "the exchange was given up")
         while True:
             while pending.missing:
                 self._wait(pending)
@@ -192,14 +212,16 @@ class MeshExchange:
 
     def _look_for_dead(self, pending: Pending) -> None:
         lost = self._targets.unreachable(pending.missing, self._members)
-        if not lost:
+        if lost:
+            self._stats.suspected.update(self._targets.names(lost))
+            self._targets.lose(lost)
+        gone = pending.missing & ~self._targets.live  # also those that another open exchange found dead
+        if not gone:
             return
-        self._stats.suspected.update(self._targets.names(lost))
-        self._targets.lose(lost)
         if not self._targets.asked(pending.layer):
             pending.problem = "gone, and some experts have no other home"
-            raise self._unavailable(pending, lost)
-        self._again(pending, lost, "connection")
+            raise self._unavailable(pending, gone)
+        self._again(pending, gone, "connection")
 
     def _disagree(self, pending: Pending, reason: str) -> None:
         pending.disagreements += 1

@@ -2,6 +2,7 @@
 
 from services.attention.batching import Limits
 from services.attention.kv_cache import blocks_for
+from services.attention.micro_batches import MOST
 from shared.config import AttentionConfig, parse_bytes
 from shared.errors import ConfigError
 from shared.models.spec import ModelSpec
@@ -24,6 +25,8 @@ def plan_limits(config: AttentionConfig, spec: ModelSpec, bytes_per_block: int) 
     if config.max_num_seqs > config.max_batched_tokens:
         problem = f"{config.max_num_seqs} sequences do not fit --max-batched-tokens {config.max_batched_tokens}"
         raise ConfigError("--max-num-seqs", problem)
+    if not 0 <= config.micro_batches <= MOST:
+        raise ConfigError("--micro-batches", f"{config.micro_batches}: give 1 or 2, or 0 for what measures faster")
     longest = context_length(config, spec)
     blocks = parse_bytes("--kv-memory", config.kv_memory) // bytes_per_block
     _check_kv(config, longest, blocks, bytes_per_block)

@@ -33,6 +33,8 @@ class EngineStats:
     unacknowledged: int = 0
     """Requests whose output a gateway has not acknowledged to the end."""
     steps: int = 0
+    split_steps: int = 0
+    """Those with more than one micro-batch."""
     prompt_tokens: int = 0
     """Rows computed in prefill, repeats after a preemption included."""
     reused_tokens: int = 0
@@ -47,7 +49,7 @@ class EngineStats:
         return self.unready_since is not None and now - self.unready_since > NO_EXPERTS_GRACE_S
 
 
-def facts(stats: EngineStats, limits: Limits, now: float) -> AttentionFacts:
+def facts(stats: EngineStats, limits: Limits, now: float, monolith: bool = False) -> AttentionFacts:
     """The heartbeat's part about this instance."""
     return AttentionFacts(
         max_model_len=limits.max_model_len,
@@ -60,6 +62,7 @@ def facts(stats: EngineStats, limits: Limits, now: float) -> AttentionFacts:
         outstanding_tokens=stats.outstanding_tokens,
         kv_blocks_used=stats.kv_blocks_used,
         stalled=stats.stalled or stats.without_experts(now),
+        monolith=monolith,
     )
 
 
@@ -71,6 +74,7 @@ def samples(stats: EngineStats, limits: Limits, step_seconds: Buckets, refused: 
     yield sample("kv_blocks_used", stats.kv_blocks_used)
     yield sample("placement_version", stats.placement)
     yield sample("steps", stats.steps)
+    yield sample("split_steps", stats.split_steps)
     yield sample("step_seconds", step_seconds)
     yield sample("prompt_tokens", stats.prompt_tokens)
     yield sample("prefix_cache_tokens", stats.reused_tokens)

@@ -5,7 +5,7 @@ Knows tensors, the decoder and the exchange; what runs is decided in batching.py
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from services.attention.batching import Chunk
-from services.attention.exchange import Exchange
+from services.attention.exchange import Exchange, Handle
+from services.attention.micro_batches import MicroBatching, split
 from services.attention.sequence import Trace
+from shared.errors import ExchangeUnavailable
 from shared.models.decoder import Decoder, KvCache, StepInput
 from shared.models.spec import LayerSpec
 from shared.pace import UNPACED, Pace
@@ -89,6 +91,17 @@ def _as_it_is(call: Callable[[], T]) -> Callable[[], T]:
     return call
 
 
+@dataclass
+class MicroBatch:
+    """Rows of a step that go through the layers together, and their open exchange."""
+
+    program: Program
+    trace: Trace
+    shared: Callable[[], None] | None = None
+    """The shared experts' part of the layer whose exchange is open."""
+    handle: Handle | None = None
+
+
 class ModelRunner:
     """The decoder, its cache and the experts behind the exchange."""
 
@@ -99,6 +112,7 @@ class ModelRunner:
         exchange: Exchange,
         block_size: int,
         trace_layers: bool = False,
+        micro_batching: MicroBatching | None = None,
         pace: Pace = UNPACED,
     ) -> None:
         """``trace_layers``: mark every exchange of a traced request, not only its first."""
@@ -108,25 +122,42 @@ class ModelRunner:
         self._block_size = block_size
         self._pace = pace
         self._trace_layers = trace_layers
+        self._micro_batching = micro_batching or MicroBatching(fixed=1)
         self._programs: dict[tuple[int, ...], Program] = {}
+        self.split_steps = 0
+        """How many steps had more than one micro-batch."""
 
-    def forward(self, chunks: Sequence[Chunk]) -> Program:
-        """Run one step; its ``x`` is the residual stream after the last layer, valid until the next step.
+    def forward(self, chunks: Sequence[Chunk]) -> list[MicroBatch]:
+        """Run one step. The results are valid until the next one.
 
         Raises ExchangeUnavailable. The cache then holds the rows of some layers; a repeat writes the same again.
         """
-        program = self._program(build_step(chunks, self._block_size, self._decoder.device))
-        program.do(partial(self._decoder.embed, program.step, program.x))
-        trace = self._trace(chunks)
-        for layer in self._decoder.spec.layers:
-            self._layer(layer, program, trace)
-            trace = trace if self._trace_layers or not layer.moe else NO_TRACE
-        return program
+        rows, start = sum(chunk.count for chunk in chunks), time.perf_counter()
+        count = self._micro_batching.count(rows)
+        batches = [self._begin(index, part) for index, part in enumerate(split(chunks, count))]
+        try:
+            for layer in self._decoder.spec.layers:
+                for batch in batches:
+                    self._end_exchange(batch)
+                    self._layer(layer, batch)
+            for batch in batches:
+                self._end_exchange(batch)
+        except ExchangeUnavailable:
+            self._exchange.abandon()
+            raise
+        self._micro_batching.observe(rows, count, time.perf_counter() - start)
+        self.split_steps += len(batches) > 1
+        return batches
 
-    def _program(self, step: StepInput) -> Program:
-        """The one for this shape, with this step's inputs; long steps do not pay for keeping theirs."""
-        shape = (len(step.tokens), *step.tables.shape, len(step.logit_rows))
-        if shape[0] > RECORDED_ROWS:
+    def _begin(self, index: int, chunks: Sequence[Chunk]) -> MicroBatch:
+        program = self._program(index, build_step(chunks, self._block_size, self._decoder.device))
+        program.do(partial(self._decoder.embed, program.step, program.x))
+        return MicroBatch(program, self._trace(chunks))
+
+    def _program(self, index: int, step: StepInput) -> Program:
+        """That of the micro-batch ``index`` for this shape, with this step's inputs; long steps do not keep theirs."""
+        shape = (index, len(step.tokens), *step.tables.shape, len(step.logit_rows))
+        if len(step.tokens) > RECORDED_ROWS:
             return Program(self._decoder, step, record=False)
         if shape not in self._programs:
             if len(self._programs) == MOST_PROGRAMS:
@@ -136,19 +167,30 @@ class ModelRunner:
         program.begin(step)
         return program
 
-    def _layer(self, layer: LayerSpec, program: Program, trace: Trace) -> None:
-        decoder, step, x, rows = self._decoder, program.step, program.x, program.rows
+    def _layer(self, layer: LayerSpec, batch: MicroBatch) -> None:
+        """Up to the dispatch of a layer with experts."""
+        decoder, program = self._decoder, batch.program
+        step, x, rows = program.step, program.x, program.rows
         began = time.monotonic()
         program.do(partial(decoder.attend, layer.index, x, step, self._cache, rows))
         self._pace.attention(began, step.positions)
+        self._pace.attention(began, step.positions)
         if layer.moe:
-            handle = self._exchange.dispatch(layer.index, rows, trace)
-            began = time.monotonic()
-            program.do(partial(decoder.shared, layer.index, rows, x))  # while the experts compute
-            self._pace.shared(began, len(rows))
-            self._exchange.combine(handle, x)
+            batch.handle = self._exchange.dispatch(layer.index, rows, batch.trace)
+            batch.shared = partial(decoder.shared, layer.index, rows, x)
+            batch.trace = batch.trace if self._trace_layers else NO_TRACE
         else:
             program.do(partial(decoder.dense, layer.index, rows, x))
+
+    def _end_exchange(self, batch: MicroBatch) -> None:
+        """The shared experts, while the others compute, then the sum of both."""
+        if batch.handle is None or batch.shared is None:
+            return
+        began = time.monotonic()
+        batch.program.do(batch.shared)
+        self._pace.shared(began, len(batch.program.rows))
+        self._exchange.combine(batch.handle, batch.program.x)
+        batch.handle = batch.shared = None
 
     def warm_up(self) -> Tensor:
         """Everything of a step but the exchange, on one row at the first slot; returns its residual stream [1, H]."""
@@ -168,18 +210,25 @@ class ModelRunner:
         due = (c.sequence.trace for c in chunks if self._trace_layers or c.first)
         return next((trace for trace in due if trace != NO_TRACE), NO_TRACE)
 
-    def logits(self, done: Program) -> np.ndarray:
+    def logits(self, done: Sequence[MicroBatch]) -> np.ndarray:
         """fp32 [R, vocab] for the rows that the chunks want, in host memory; valid until the next step."""
         began = time.monotonic()
-        logits = done.do(partial(self._decoder.logits, done.x, done.step)).cpu().numpy()
+        programs = [batch.program for batch in done]
+        parts = [p.do(partial(self._decoder.logits, p.x, p.step)).cpu().numpy() for p in programs]
+        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self._pace.head(began, len(logits))
         return logits
 
-    def logits_of(self, done: Program, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Logits of ``rows`` (int64, of x), some at a time: (index of the first, fp32 [some, vocab])."""
-        for first in range(0, len(rows), PROMPT_LOGIT_ROWS):
-            began = time.monotonic()
-            part = torch.from_numpy(rows[first : first + PROMPT_LOGIT_ROWS]).to(done.x.device)
-            logits = self._decoder.logits(done.x, replace(done.step, logit_rows=part)).cpu().numpy()
-            self._pace.head(began, len(logits))
-            yield first, logits
+    def logits_of(self, done: Sequence[MicroBatch], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Logits of ``rows`` (int64, ascending), some at a time: (index of the first, fp32 [some, vocab])."""
+        offset = 0
+        for program in (batch.program for batch in done):
+            first, end = np.searchsorted(rows, (offset, offset + len(program.x))).tolist()
+            for start in range(first, end, PROMPT_LOGIT_ROWS):
+                part = torch.from_numpy(rows[start : min(start + PROMPT_LOGIT_ROWS, end)] - offset)
+                step = replace(program.step, logit_rows=part.to(program.x.device))
+                began = time.monotonic()
+                logits = self._decoder.logits(program.x, step).cpu().numpy()
+                self._pace.head(began, len(logits))
+                yield start, logits
+            offset += len(program.x)

@@ -10,14 +10,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from services.experts.compute import compute_parts, plan_parts
+from services.experts.compute import plan_parts
 from services.experts.server import ExpertServer, Record, ServerLimits
 from services.experts.store import ExpertStore
 from shared.activation import PARTS, write_parts
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig
 from shared.kernels.base import select_kernels
-from shared.models.moe import MoeLayer
+from shared.models.moe import MoeLayer, compute_parts
 from shared.models.precision import choose_precision
 from shared.models.spec import ModelSpec
 from shared.pace import Pace
@@ -77,7 +77,7 @@ def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch
     for rows in (1, 8):
         x = torch.ones(rows, spec.hidden, device=device, dtype=dtype)
         plan = plan_parts(layer, x, everywhere, live=1, instance=0)
-        out = torch.empty(len(plan.tokens), spec.hidden, device=device)
-        compute_parts(layer, x, plan, out)
-        meta = np.empty(len(plan.tokens) * PARTS.itemsize, np.uint8)
-        write_parts(meta, plan.tokens, plan.experts, plan.weights)
+        out = torch.empty(len(plan.weights), spec.hidden, device=device)
+        compute_parts(layer, x, plan.parts, out)
+        meta = np.empty(len(plan.weights) * PARTS.itemsize, np.uint8)
+        write_parts(meta, plan.parts.tokens, plan.parts.experts, plan.weights)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from services.experts.compute import ExpertLayer, Plan, compute_parts, plan_parts
+from services.experts.compute import Plan, plan_parts
 from shared.activation import PARTS, NoLiveHome, layer_homes, write_parts
 from shared.errors import TransportError
 from shared.messages import Placement
+from shared.models.moe import ExpertLayer, compute_parts
 from shared.pace import UNPACED, Pace
 from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Refusal, Transport
@@ -228,11 +229,11 @@ class ExpertServer:
         except NoLiveHome as error:
             self._refuse(peer, header, Refusal.NO_HOME, str(error))
             return
-        parts = len(plan.tokens)
+        parts = len(plan.weights)
         frame = self._transport.outgoing(parts * PARTS.itemsize, parts, self._limits.hidden, torch.float32)
-        compute_parts(layer, rows, plan, frame.rows)
-        write_parts(frame.meta, plan.tokens, plan.experts, plan.weights)
-        self._pace.experts(began, plan.experts)
+        compute_parts(layer, rows, plan.parts, frame.rows)
+        write_parts(frame.meta, plan.parts.tokens, plan.parts.experts, plan.weights)
+        self._pace.experts(began, plan.parts.experts)
         reply = self._reply(FrameKind.COMBINE, header)
         reply.digest = plan.digest
         self._transport.send([peer], reply, frame)
@@ -255,6 +256,6 @@ class ExpertServer:
         )  # fmt: skip
 
     def _count(self, layer: int, plan: Plan, reply: Header) -> None:
-        self.stats.parts += len(plan.tokens)
+        self.stats.parts += len(plan.weights)
         self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
-        self.stats.expert_tokens[self._row_of[layer]] += np.bincount(plan.experts, minlength=self._limits.experts)
+        self.stats.expert_tokens[self._row_of[layer]] += np.bincount(plan.parts.experts, minlength=self._limits.experts)

@@ -9,7 +9,7 @@ from shared.membership import Member
 
 
 def usable(members: Iterable[Member], digest: str) -> list[Member]:
-    """READY attention instances of this model that have a placement and all the experts they need."""
+    """READY attention instances of this model that have all the experts they need."""
     return [m for m in members if why_not(m, digest) is None]
 
 
@@ -20,7 +20,7 @@ def why_not(member: Member, digest: str) -> str | None:
         return f"{member.id} serves another model"
     if not member.ready or beat.attention is None:
         return f"{member.id} is {beat.state.value}" + (f" ({beat.detail})" if beat.detail else "")
-    if beat.attention.placement == 0:
+    if beat.attention.placement == 0 and not beat.attention.monolith:
         return f"{member.id} has no placement of experts yet"
     return f"{member.id} waits for an expert home" if beat.attention.stalled else None
 

@@ -35,6 +35,7 @@ class MeshOptions:
     model: str = ""
     attention: int = 1
     experts: int = 2
+    """0: monoliths, attention instances that hold every expert themselves."""
     host: str = "127.0.0.1"
     port: int = 8000
     nats: str = ""
@@ -181,9 +182,10 @@ class LocalMesh:
 
 def service_arguments(options: MeshOptions) -> dict[str, list[str]]:
     """Name of each process -> arguments of ``serve``."""
-    names = {"scheduler-0": ["scheduler"]}
+    names = {"scheduler-0": ["scheduler"]} if options.experts else {}
     names |= {f"experts-{i}": ["experts"] for i in range(options.experts)}
-    names |= {f"attention-{i}": ["attention"] for i in range(options.attention)}
+    attention = ["attention"] if options.experts else ["attention", "--monolith"]
+    names |= {f"attention-{i}": attention for i in range(options.attention)}
     names["gateway-0"] = ["gateway", "--host", options.host, "--port", str(options.port)]
     return names
 
@@ -201,9 +203,10 @@ def cores_for(name: str, options: MeshOptions, cores: list[int]) -> str:
     them on the other one.
     """
     kind, _, number = name.partition("-")
-    if kind != "experts":
+    instances = {"attention": options.attention, "experts": options.experts}.get(kind)
+    if not instances or (kind == "attention" and os.environ.get("MM_NOPIN")):
         return ""
-    share = max(1, len(cores) // options.experts)
+    share = max(1, len(cores) // instances)
     first = int(number) * share % len(cores)
     return ",".join(map(str, cores[first : first + share]))
 

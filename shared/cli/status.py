@@ -123,7 +123,8 @@ def serves(row: dict[str, Any], placement: dict[str, Any] | None) -> str:
     facts = row["facts"]
     if row["kind"] == "attention" and facts:
         load = f"{facts['running']} running, {facts['waiting']} waiting"
-        return f"{load}, KV {facts['kv_blocks_used']}/{facts['kv_blocks']}, placement {facts['placement']}"
+        experts = "monolith" if facts["monolith"] else f"placement {facts['placement']}"
+        return f"{load}, KV {facts['kv_blocks_used']}/{facts['kv_blocks']}, {experts}"
     if row["kind"] == "experts" and facts:
         homes = placement["homes"].get(row["id"], 0) if placement else 0
         return f"home of {homes} experts, {facts['replicas']} resident, placement {facts['placement']}"

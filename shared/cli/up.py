@@ -18,7 +18,10 @@ DEMO_PROMPT = "In the beginning God created the heaven and the earth."
 def up(
     model: Annotated[str, typer.Option(envvar="MOEMESH_MODEL", help="directory or hub id; empty: the demo model")] = "",
     attention: Annotated[int, typer.Option(min=1, help="attention instances")] = 1,
-    experts: Annotated[int, typer.Option(min=1, help="expert instances")] = 2,
+    experts: Annotated[int | None, typer.Option(min=1, help="expert instances [default: 2]")] = None,
+    monolith: Annotated[
+        bool, typer.Option(envvar="MOEMESH_MONOLITH", help="no expert instances: attention holds every expert itself")
+    ] = False,
     host: Annotated[str, typer.Option(help="address of the gateway")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of the gateway; 0: any free port")] = 8000,
     nats: Annotated[str, typer.Option(envvar="MOEMESH_NATS", help="URL of a running NATS server; else start one")] = "",
@@ -33,6 +36,8 @@ def up(
     verbose: Annotated[bool, typer.Option(help="show every service's log")] = False,
 ) -> None:
     """Start a whole mesh here; prints "ready URL" when it serves. Ctrl-C drains and stops it."""
+    if monolith and experts:
+        raise typer.BadParameter("a monolith has no expert instances", param_hint="--experts")
     given = {
         "served_model_name": served_model_name,
         "max_model_len": max_model_len or "",
@@ -43,7 +48,8 @@ def up(
         "pace": pace,
     }
     settings = {k: str(v) for k, v in given.items() if v}
-    options = MeshOptions(model, attention, experts, host, port, nats, mesh, settings)
+    instances = 0 if monolith else experts or MeshOptions.experts
+    options = MeshOptions(model, attention, instances, host, port, nats, mesh, settings)
     asyncio.run(run_up(options, Progress(Console(stderr=True, highlight=False), verbose)))
 
 

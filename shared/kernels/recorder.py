@@ -5,10 +5,12 @@ the kernels, all the more as their weights have wiped the interpreter out of the
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 from torch import Tensor
 
+from shared.kernels import native
 from shared.kernels.cpu_checks import output, plain
 
 T = TypeVar("T")
@@ -21,11 +23,23 @@ class Tape:
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
         self.kept: list[Tensor] = []
 
-    def play(self) -> None:
+
+class Recording(Generic[T]):
+    """A tape that can be played, and what the recorded call returned."""
+
+    def __init__(self, tape: Tape, result: T) -> None:
+        self._result = result
+        self._kept = tape.kept
+        self._names = [function.__name__ for function, _ in tape.calls]
+        self._calls = np.array([native.encode(*call) for call in tape.calls], native.CALL)
+        self._address = self._calls.ctypes.data
+
+    def __call__(self) -> T:
         """Carry the calls out. Raises ValueError when a kernel refuses its input."""
-        for function, arguments in self.calls:
-            if function(*arguments) is False:
-                raise ValueError(f"{function.__name__} refused its input: an index is out of range")
+        refused = native.play(self._address, len(self._names))
+        if refused >= 0:
+            raise ValueError(f"{self._names[refused]} refused its input: an index is out of range")
+        return self._result
 
 
 class Recorder:
@@ -40,12 +54,7 @@ class Recorder:
             result = call()
         finally:
             self._tape = None
-
-        def again() -> T:
-            tape.play()
-            return result
-
-        return again
+        return Recording(tape, result)
 
     def _do(self, function: Any, *arguments: Any) -> bool:
         """Run a numba kernel now, or write it down."""

@@ -1,26 +1,49 @@
-"""A whole model in one process: the decoder and all experts, without any exchange. The yardstick of the mesh."""
+"""A whole model in one process: its decoder, and all experts without any exchange. The yardstick of the mesh."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from shared.activation import own_parts, sum_order
 from shared.kernels.base import Kernels
 from shared.models.decoder import Decoder, KvCache, StepInput
 from shared.models.loader import Checkpoint
-from shared.models.moe import MoeLayer
+from shared.models.moe import MoeLayer, compute_parts, weights_of_sum
+from shared.models.scratch import Scratch
+
+
+class LocalExperts:
+    """Every routed expert of every layer. One thread at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ModelError. ``dtype`` as in ``MoeLayer``."""
+        spec = checkpoint.spec
+        self._kernels = kernels
+        self._layers = {layer: MoeLayer(checkpoint, kernels, device, dtype, layer) for layer in spec.moe_layers}
+        for layer in self._layers.values():
+            layer.load(range(spec.router.experts))
+        self._scratch = Scratch(device)
+
+    def add(self, layer: int, rows: Tensor, x: Tensor) -> None:
+        """x [T, H] += weighted experts of rows [T, H], in ascending expert order: the bits that an exchange gives."""
+        moe = self._layers[layer]
+        weights, ids = (tensor.numpy(force=True) for tensor in moe.gate(rows))
+        parts = own_parts(ids, np.zeros_like(ids), weights, 0)
+        out = self._scratch.rows("parts", len(parts.tokens), rows.shape[1], torch.float32)
+        compute_parts(moe, rows, parts, out)
+        index = sum_order(parts, ids.shape)
+        arrays = np.zeros_like(index), index, weights_of_sum(moe, parts)[index]
+        self._kernels.combine(x, [out], *(torch.from_numpy(array).to(x.device) for array in arrays))
 
 
 class LocalModel:
-    """Holds every expert of every layer."""
+    """The decoder and ``LocalExperts``, step by step."""
 
     def __init__(
         self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype, max_positions: int
     ) -> None:
-        self.kernels = kernels
         self.decoder = Decoder(checkpoint, kernels, device, dtype, max_positions)
-        layers = checkpoint.spec.moe_layers
-        self.moe = {layer: MoeLayer(checkpoint, kernels, device, dtype, layer) for layer in layers}
-        for layer in self.moe.values():
-            layer.load(range(checkpoint.spec.router.experts))
+        self.experts = LocalExperts(checkpoint, kernels, device, dtype)
 
     def forward(self, step: StepInput, cache: KvCache) -> Tensor:
         """One step -> logits fp32 [R, vocab]."""
@@ -30,22 +53,7 @@ class LocalModel:
             self.decoder.attend(layer.index, x, step, cache, out=rows)
             if layer.moe:
                 self.decoder.shared(layer.index, rows, x)
-                self._experts(self.moe[layer.index], rows, x)
+                self.experts.add(layer.index, rows, x)
             else:
                 self.decoder.dense(layer.index, rows, x)
         return self.decoder.logits(x, step)
-
-    def _experts(self, moe: MoeLayer, rows: Tensor, x: Tensor) -> None:
-        """x [T, H] += routed experts of rows [T, H], summed by ascending expert id."""
-        weights, ids = moe.gate(rows)
-        ids, by_id = ids.sort(dim=1)
-        weights = weights.gather(1, by_id)
-        by_expert = ids.flatten().argsort(stable=True)
-        tokens = (by_expert // ids.shape[1]).int()
-        parts = torch.empty(len(tokens), rows.shape[1], dtype=torch.float32, device=rows.device)
-        moe.forward(rows, tokens, ids.flatten()[by_expert], weights.flatten()[by_expert], parts)
-        index = torch.empty_like(tokens)
-        index[by_expert] = torch.arange(len(tokens), dtype=torch.int32, device=rows.device)
-        index = index.view_as(ids)
-        weights = torch.ones_like(weights) if moe.weighs_input else weights
-        self.kernels.combine(x, [parts], torch.zeros_like(index), index, weights)

@@ -1,15 +1,46 @@
 """The routed experts of one layer: its gate, and whichever experts are resident here. Knows no homes and no slots."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.activation import Parts
 from shared.errors import ModelError
 from shared.kernels.base import ExpertTable, Kernels
 from shared.models.layout import expert_roles, router_roles
 from shared.models.loader import Checkpoint
 from shared.models.scratch import Scratch
+
+RECORDED_ROWS = 64
+"""The gate's kernels are recorded for up to so many rows: beyond, the interpreter does not count."""
+
+
+class ExpertLayer(Protocol):
+    """What computing parts asks of ``MoeLayer``."""
+
+    @property
+    def weighs_input(self) -> bool: ...
+
+    def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None: ...
+
+
+def compute_parts(layer: ExpertLayer, rows: Tensor, parts: Parts, out: Tensor) -> None:
+    """out fp32 [P, H] = the parts' experts applied to their rows of rows [T, H], not weighted."""
+    if len(parts.tokens):
+        tokens, experts, weights = (torch.from_numpy(array).to(rows.device) for array in parts)
+        layer.forward(rows, tokens, experts, weights, out)
+
+
+def weights_of_sum(layer: ExpertLayer, parts: Parts) -> NDArray[np.float32]:
+    """fp32 [P]: factors of the parts when they are summed."""
+    return np.ones_like(parts.weights) if layer.weighs_input else parts.weights
 
 
 class MoeLayer:
@@ -23,6 +54,8 @@ class MoeLayer:
         self._checkpoint, self._kernels, self._device, self._dtype = checkpoint, kernels, device, dtype
         self._gate = {role: checkpoint.load(role, layer, 0, device, dtype) for role in router_roles(checkpoint.spec)}
         self._scratch = Scratch(device)
+        self._recorded: dict[int, tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]] = {}
+        """By number of rows: where they go, and how they are routed."""
         self._experts: dict[int, list[Tensor]] = {}
         self._table: ExpertTable | None = None
 
@@ -42,7 +75,17 @@ class MoeLayer:
         self._swap({e: w for e, w in self._experts.items() if e not in gone})
 
     def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k])."""
+        """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k]), valid until the next call."""
+        if len(rows) > RECORDED_ROWS:
+            return self._route(rows)
+        if len(rows) not in self._recorded:
+            room = self._scratch.rows("gated", len(rows), self.spec.hidden, rows.dtype)
+            self._recorded[len(rows)] = room, self._kernels.record(partial(self._route, room))
+        room, route = self._recorded[len(rows)]
+        room.copy_(rows)
+        return route()
+
+    def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         bias, correction = self._gate.get("router_bias"), self._gate.get("router_correction")
         return self._kernels.route(rows, self._gate["router"], self.spec.router, bias, correction)
 

@@ -64,11 +64,14 @@ faults = st.builds(
     st.fixed_dictionaries(dict.fromkeys(FrameKind, rates)),
 )
 shapes = st.builds(
-    lambda pool, homes, tokens, blocks: Shape(pool[0], pool[1], min(homes, pool[1]), tokens, blocks[0], blocks[1]),
-    st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2)]),
+    lambda pool, homes, tokens, blocks, micro_batches: Shape(
+        pool[0], pool[1], min(homes, pool[1]), tokens, blocks[0], blocks[1], micro_batches
+    ),
+    st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2), (1, 0), (2, 0)]),
     st.integers(1, 3),
     st.sampled_from([3, 8, 31, 64, 512]),
     st.sampled_from([(256, 16), (9, 16), (40, 4), (130, 1)]),  # the later ones leave room for little more than one
+    st.sampled_from([0, 1, 2]),
 )
 batches = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), min_size=1, max_size=6)
 
@@ -88,6 +91,14 @@ def test_output_bits_do_not_depend_on_batch_chunks_reuse_preemption_instances_or
         assert outputs[f"r{i}"].tokens == expected.tokens
         assert outputs[f"r{i}"].logprobs == expected.logprobs
         assert outputs[f"r{i}"].finish == expected.finish
+
+
+def test_a_monolith_gives_the_output_bits_of_a_mesh(parts: Parts) -> None:
+    known = candidates(parts.spec.vocab_size)
+    requests = {f"r{i}": request(f"r{i}", *one) for i, one in enumerate(known)}
+    with exact_mesh(parts, Shape(experts=0, homes=0, batched_tokens=64)) as monolith:
+        outputs = monolith.run(requests, dict.fromkeys(requests, 0))
+    assert outputs == {f"r{i}": alone(parts, i) for i in range(len(known))}
 
 
 def test_resuming_with_the_tokens_so_far_continues_the_same_output(parts: Parts) -> None:

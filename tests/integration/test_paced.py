@@ -41,7 +41,7 @@ def test_a_paced_mesh_gives_the_same_bits_at_the_speed_of_its_profile_and_is_lab
         mesh.call(refuse_paced(mesh.mesh))
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps(FIGURES))
-    with running_mesh(attention=1, experts=1, settings={"pace": str(profile)}) as mesh:
+    with running_mesh(attention=1, experts=1, settings={"pace": str(profile), "micro_batches": "2"}) as mesh:
         assert outputs(mesh) == expected
         members, placement = mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh))
         instances = {row["kind"]: row for row in describe(members, placement)["instances"]}

@@ -13,6 +13,7 @@ from shared.activation import (
     layer_homes,
     mesh_hash,
     own_parts,
+    plan_exchange,
     write_parts,
 )
 from shared.messages import Placement
@@ -86,10 +87,24 @@ def test_own_parts_are_every_choice_once_in_expert_then_row_order(exchange):
     assert sorted(seen) == sorted((ids[t, j], t, weights[t, j]) for t, j in np.ndindex(ids.shape))
 
 
+@settings(deadline=None)
+@given(exchanges(), st.integers(0, 5))
+def test_a_plan_in_one_call_is_the_same_choice_parts_and_digest(exchange, instance):
+    ids, homes, live = exchange
+    weights = np.arange(ids.size, dtype=np.float32).reshape(ids.shape)
+    replicas = choose_replicas(ids, homes, live)
+    parts, digest = plan_exchange(ids, weights, homes, live, instance)
+    assert digest == exchange_digest(ids, replicas)
+    for planned, expected in zip(parts, own_parts(ids, replicas, weights, instance), strict=True):
+        assert np.array_equal(planned, expected)
+
+
 def test_an_expert_without_live_home_is_named():
-    with pytest.raises(NoLiveHome, match="expert 1 ") as caught:
-        choose_replicas(np.array([[0, 1]], np.int32), np.array([1, 2], np.uint64), live=0b01)
-    assert caught.value.expert == 1
+    ids, homes = np.array([[0, 1]], np.int32), np.array([1, 2], np.uint64)
+    for choose in (choose_replicas, lambda *args, live: plan_exchange(args[0], np.ones((1, 2), "f4"), homes, live, 0)):
+        with pytest.raises(NoLiveHome, match="expert 1 ") as caught:
+            choose(ids, homes, live=0b01)
+        assert caught.value.expert == 1
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])

@@ -39,6 +39,7 @@ def test_the_longest_sequence_is_what_the_model_allows_unless_less_is_asked_for(
         ({"max_model_len": -1}, "--max-model-len", "allows 1 to 1000"),
         ({"kv_memory": "60KiB"}, "--kv-memory", "holds 960 tokens, one sequence may have 1000; give 1MiB or more"),
         ({"max_num_seqs": 600}, "--max-num-seqs", "do not fit --max-batched-tokens 512"),
+        ({"micro_batches": 3}, "--micro-batches", "1 or 2"),
         ({"block_size": 0}, "--block-size", "less than 1"),
         ({"kv_memory": "much"}, "--kv-memory", "not a size"),
         ({"kv_memory": "1e400"}, "--kv-memory", "not a size"),

@@ -46,12 +46,19 @@ REQUESTS = st.lists(
     more_rows=st.integers(0, 12),
     blocks=st.integers(20, 40),
     block_size=st.integers(2, 5),
+    micro_batches=st.integers(0, 2),
     events=st.lists(st.sampled_from(["submit", "turn", "fail", "turn"]), max_size=40),
 )
 def test_output_is_the_same_as_alone_in_any_batch_chunking_preemption_and_repeat(
-    requests, seqs, more_rows, blocks, block_size, events
+    requests, seqs, more_rows, blocks, block_size, micro_batches, events
 ):
-    engine = ToyEngine(max_num_seqs=seqs, max_batched_tokens=seqs + more_rows, kv_blocks=blocks, block_size=block_size)
+    engine = ToyEngine(
+        max_num_seqs=seqs,
+        max_batched_tokens=seqs + more_rows,
+        kv_blocks=blocks,
+        block_size=block_size,
+        micro_batches=micro_batches,
+    )
     left = list(enumerate(requests))
     for event in [*events, *["submit"] * len(requests)]:
         if event == "submit" and left:
@@ -68,6 +75,13 @@ def test_output_is_the_same_as_alone_in_any_batch_chunking_preemption_and_repeat
     for number, request in enumerate(requests):
         assert engine.received[str(number)] == alone(**request)
     assert_idle(engine)
+
+
+def test_steps_of_several_rows_are_split_when_told_to():
+    engine = ToyEngine(micro_batches=2)
+    assert engine.run("r", PROMPT, max_tokens=5, prompt_logprobs=1) == alone(PROMPT, max_tokens=5, prompt_logprobs=1)
+    stats = engine.engine.stats
+    assert 0 < stats.split_steps < stats.steps  # not those of one row
 
 
 def test_preemption_really_happens_in_such_a_mix():

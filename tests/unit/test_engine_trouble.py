@@ -100,6 +100,7 @@ def test_nothing_advances_while_experts_do_not_answer_and_everything_goes_on_whe
         assert not engine.engine.turn()
         engine.now += 1.5
     assert engine.engine.stats.stalled
+    assert engine.exchange.abandoned > 0
     assert len(engine.received["a"].tokens) == tokens
     engine.exchange.available = True
     assert engine.engine.turn()

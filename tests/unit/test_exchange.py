@@ -66,6 +66,17 @@ def test_several_exchanges_can_be_open_at_once():
         assert not mesh.exchange.stats().dropped
 
 
+def test_a_step_that_failed_leaves_no_exchange_open():
+    with toy_mesh(everywhere(1), deadline=5.0) as mesh:
+        handles = [mesh.exchange.dispatch(LAYERS[0], random_rows(s, 1)) for s in range(2)]
+        mesh.exchange.abandon()
+        for handle in handles:
+            with pytest.raises(ExchangeUnavailable, match="given up"):
+                mesh.exchange.combine(handle, random_rows(0, 1))
+        mesh.check(seed=1)
+        assert mesh.exchange.stats().dropped["late"] == 2
+
+
 def test_an_update_gives_up_what_is_open():
     with toy_mesh(everywhere(1), deadline=5.0) as mesh:
         handle = mesh.exchange.dispatch(LAYERS[0], random_rows(0, 1))
@@ -74,6 +85,19 @@ def test_an_update_gives_up_what_is_open():
             mesh.exchange.combine(handle, random_rows(0, 1))
         mesh.check(seed=1)
         assert mesh.exchange.stats().dropped["late"] == 1
+
+
+def test_what_one_open_exchange_learns_of_a_death_saves_the_others_the_wait():
+    with toy_mesh(everywhere(2), deadline=600.0) as mesh:
+        mesh.instances[1].server.stop()
+        mesh.instances[1].transport.close()
+        batches = [(random_rows(s, 3), random_rows(s + 50, 3)) for s in range(2)]
+        handles = [mesh.exchange.dispatch(LAYERS[0], hidden) for hidden, _ in batches]
+        for (hidden, x), handle in zip(batches, handles, strict=True):
+            expected = mesh.layers[LAYERS[0]].local(hidden, x)
+            mesh.exchange.combine(handle, x)
+            assert x.equal(expected)
+        assert mesh.exchange.stats().repeats == Counter(connection=2)
 
 
 # ---- instances that die -----------------------------------------------------------------------------------

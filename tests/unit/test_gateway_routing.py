@@ -34,6 +34,7 @@ def test_unusable_instances_are_left_out():
         member("stalled", stalled=True),
     ]
     assert order(*unusable, member("ok")) == ["ok"]
+    assert order(member("monolith", placement=0, monolith=True)) == ["monolith"]
     for one in unusable:
         reason = why_not(one, "d")
         assert reason and one.id in reason

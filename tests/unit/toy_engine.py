@@ -14,6 +14,7 @@ import torch
 from services.attention.batching import Batcher, Limits
 from services.attention.engine import Engine
 from services.attention.kv_cache import BlockPool
+from services.attention.micro_batches import MicroBatching
 from services.attention.phases import ignore
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
@@ -74,6 +75,7 @@ class ToyExchange:
         """How many dispatches from now on fail (at the last MoE layer: the cache has been written by then)."""
         self.available = True
         self.views = []
+        self.abandoned = 0
 
     def update(self, view):
         self.views.append(view)
@@ -89,6 +91,9 @@ class ToyExchange:
 
     def combine(self, handle, x):
         x.copy_((x + handle * 5 + 11) % PRIME)
+
+    def abandon(self):
+        self.abandoned += 1
 
     def idle_wait(self, timeout):
         pass
@@ -123,7 +128,9 @@ class Received:
 class ToyEngine:
     """The real engine with toy parts, a clock that is set by hand and a gateway that remembers."""
 
-    def __init__(self, poison=(), no_home_deadline=30.0, emit: Any = None, record: Any = ignore, **limits):
+    def __init__(
+        self, poison=(), no_home_deadline=30.0, emit: Any = None, record: Any = ignore, micro_batches=1, **limits
+    ):
         defaults: dict[str, Any] = {
             "max_model_len": 200, "max_num_seqs": 8, "max_batched_tokens": 16, "max_waiting": 1000,
             "vocab_size": VOCAB, "kv_blocks": 100, "block_size": 4,
@@ -135,7 +142,8 @@ class ToyEngine:
         self.batcher = Batcher(self.limits, self.pool)
         decoder: Any = ToyDecoder(self.limits.block_size, poison)
         cache = decoder.new_cache(self.limits.kv_blocks)
-        runner = ModelRunner(decoder, cache, self.exchange, self.limits.block_size)
+        micro_batching = MicroBatching(micro_batches)
+        runner = ModelRunner(decoder, cache, self.exchange, self.limits.block_size, micro_batching=micro_batching)
         self.engine = Engine(
             runner, self.exchange, self.batcher, emit or self._emit, no_home_deadline, lambda: self.now, record
         )

@@ -147,7 +147,7 @@ def compile_exchange() -> None:
     homes = np.ones(EXPERTS, np.uint64)
     plan = plan_parts(ToyLayer(LAYERS[0]), random_rows(0, 1), homes, 1, 0)
     meta = np.empty(TOP_K * PARTS.itemsize, np.uint8)
-    write_parts(meta, plan.tokens, plan.experts, plan.weights)
+    write_parts(meta, plan.parts.tokens, plan.parts.experts, plan.weights)
     Arrangement(TOP_K).fill(1, [(0, meta)], homes)
 
 

@@ -1,0 +1,68 @@
+"""The exchange of a monolith: every expert is in this process, so nothing is sent and nothing can be late.
+
+The same gate, kernels and order of sums as in a mesh (shared/models/local.py), hence the same bits. Not recorded like
+the rest of a step, for experts in a mesh are not either; and no spans of exchanges, for there are none.
+"""
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.attention.exchange import Handle, View
+from shared.metrics import Sample
+from shared.models.local import LocalExperts
+from shared.telemetry import NO_TRACE
+
+
+@dataclass(slots=True)
+class LocalHandle:
+    """What ``combine`` will compute."""
+
+    layer: int
+    rows: Tensor
+    """[T, hidden]; the caller's."""
+
+
+class LocalExchange:
+    """See ``Exchange``."""
+
+    def __init__(self, experts: LocalExperts) -> None:
+        self._experts = experts
+        self._woken = threading.Event()
+
+    def warm_up(self, layer: int, x: Tensor) -> None:
+        self._experts.add(layer, x.clone(), x)
+
+    def foresee(self, view: View) -> None:
+        """Nobody is waited for."""
+
+    def update(self, view: View) -> None:
+        """Nobody is asked."""
+
+    def ready(self) -> bool:
+        return True
+
+    def dispatch(self, layer: int, rows: Tensor, trace: tuple[bytes, bytes] = NO_TRACE) -> LocalHandle:
+        return LocalHandle(layer, rows)
+
+    def combine(self, handle: Handle, x: Tensor) -> None:
+        assert isinstance(handle, LocalHandle)  # ours: dispatch made it
+        self._experts.add(handle.layer, handle.rows, x)
+
+    def abandon(self) -> None:
+        """Nothing is open that anybody else knows of."""
+
+    def idle_wait(self, timeout: float) -> None:
+        self._woken.wait(timeout)
+        self._woken.clear()
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def samples(self) -> Iterable[Sample]:
+        return ()
+
+    def close(self) -> None:
+        """There is no data plane."""
