@@ -15,6 +15,7 @@ from shared.kernels.jit import (
     I64,
     KIND_BF16,
     KIND_FP8,
+    KIND_FP16,
     KIND_FP32,
     call,
     helper,
@@ -25,16 +26,15 @@ from shared.kernels.jit import (
     view2,
 )
 from shared.kernels.simd import E4M3_UNIT, LANES, TILE_ROWS
-from shared.kernels.tiles import dot_block, widen
+from shared.kernels.tiles import dot_block, widen, widen_rows
 
 STREAMS = 4
 """A work item reads so many places of a matrix side by side, each in order: prefetchers of the hardware follow each."""
 WIDE_ITEM, NARROW_ITEM = 64, 16
 """Output columns of a work item; the narrow one when there would be too few for all threads."""
 PANEL_ROWS = 16
-"""From this many rows on it pays to widen weights once, ahead of the products."""
+"""From this many rows on it pays to widen weights once, ahead of the products; FP8 when it would be more than once."""
 PANEL_COLS = 16
-_STRETCH = 32
 
 
 @helper
@@ -100,7 +100,14 @@ def _fp8_rows(w, depth):
 
 
 @helper
-def _widen_fp8(w, columns, depth, wide):
+def _whole_vectors(w):
+    """Whether FP8 blocks begin where vectors do."""
+    return view1(w, 4, I64)[3] % LANES == 0
+
+
+@helper
+def _widen_odd_fp8(w, columns, depth, wide):
+    """For blocks of any width."""
     values, factors, high, apart = _fp8_rows(w, depth)
     for near in range(0, depth, apart):
         for n in range(len(columns)):
@@ -111,14 +118,14 @@ def _widen_fp8(w, columns, depth, wide):
 
 @helper
 def _widen_columns(w, kind, columns, depth, wide):
-    if kind == KIND_FP8:
-        _widen_fp8(w, columns, depth, wide)
-        return
-    brain, half = view2(w, 1, depth, BF16), view2(w, 1, depth, FP16)
-    for near in range(0, depth, _STRETCH):
-        for n in range(len(columns)):
-            for k in range(near, min(near + _STRETCH, depth)):
-                wide[n, k] = widen(brain[columns[n], k]) if kind == KIND_BF16 else widen(half[columns[n], k])
+    if kind == KIND_BF16:
+        widen_rows(view2(w, 1, depth, BF16), columns, wide)
+    elif kind == KIND_FP16:
+        widen_rows(view2(w, 1, depth, FP16), columns, wide)
+    elif _whole_vectors(w):
+        widen_rows(_fp8_rows(w, depth), columns, wide)
+    else:
+        _widen_odd_fp8(w, columns, depth, wide)
 
 
 def _project(x, numbers, rows, w, kind, columns, cols, depth, panel, y, stride):
@@ -127,7 +134,7 @@ def _project(x, numbers, rows, w, kind, columns, cols, depth, panel, y, stride):
     if rows < PANEL_ROWS and kind == KIND_BF16:
         dot_block(inputs, xi, rows, view2(w, 1, depth, BF16), wi, 0, cols, outputs, 0, 0)
         return
-    if rows < PANEL_ROWS and kind == KIND_FP8 and view1(w, 4, I64)[3] % LANES == 0:
+    if rows <= TILE_ROWS and kind == KIND_FP8 and _whole_vectors(w):
         dot_block(inputs, xi, rows, _fp8_rows(w, depth), wi, 0, cols, outputs, 0, 0)
         return
     if kind == KIND_FP32:

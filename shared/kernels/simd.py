@@ -68,8 +68,10 @@ class Emitter:
             return self._load(pointer, FLOAT, mask)
         if dtype == types.uint8:
             return from_e4m3(self.builder, self._load(pointer, I8, mask))
-        # bf16 is the upper half of fp32
-        wide = self.builder.zext(self._load(pointer, I16, mask), _INTS)
+        bits = self._load(pointer, I16, mask)
+        if dtype == types.uint16:
+            return self.builder.fpext(self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
+        wide = self.builder.zext(bits, _INTS)  # bf16 is the upper half of fp32
         return self.builder.bitcast(self.builder.shl(wide, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
 
     def prefetch(self, pointer: Any, far: bool = False) -> None:
@@ -78,9 +80,12 @@ class Emitter:
         read, keep, data = (ir.Constant(I32, flag) for flag in (0, 2 if far else 3, 1))
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
-    def store(self, vector: Any, pointer: Any, mask: Any) -> None:
-        """Write the fp32 lanes in ``mask``."""
+    def store(self, vector: Any, pointer: Any, mask: Any = None) -> None:
+        """Write the fp32 lanes in ``mask``, or all."""
         pointer = self.builder.bitcast(pointer, _FLOATS.as_pointer())
+        if mask is None:
+            self.builder.store(vector, pointer, align=4)
+            return
         name = f"llvm.masked.store.v{LANES}f32.p0"
         self.call(name, ir.VoidType(), vector, pointer, ir.Constant(I32, 4), mask)
 
@@ -190,8 +195,8 @@ class Fp8Rows:
 
     def __init__(self, emit: Emitter, kind: Any, value: Any) -> None:
         values, factors, self.block_rows, self.block_columns = cgutils.unpack_tuple(emit.builder, value)
-        self.emit, self.dtype = emit, kind[0].dtype
         self.values, self.factors = Rows(emit, kind[0], values), Rows(emit, kind[1], factors)
+        self.emit, self.dtype, self.depth = emit, self.values.dtype, self.values.depth
 
     def row(self, number: Any) -> Any:
         return self.values.row(number), self.factors.row(self.emit.builder.udiv(number, self.block_rows))
@@ -226,6 +231,11 @@ def from_e4m3(builder: ir.IRBuilder, codes: Any) -> Any:
     missing = builder.icmp_signed("==", builder.and_(codes, constant(I8, 0x7F)), constant(I8, 0x7F))
     half = builder.or_(half, builder.sext(missing, shaped(I16)))
     return builder.fpext(builder.bitcast(half, shaped(ir.HalfType())), shaped(FLOAT))
+
+
+def stored_rows(emit: Emitter, kind: Any, value: Any) -> Rows | Fp8Rows:
+    """Rows of weights: a 2-D array, or the tuple that ``Fp8Rows`` takes."""
+    return (Fp8Rows if isinstance(kind, types.BaseTuple) else Rows)(emit, kind, value)
 
 
 def row_number(emit: Emitter, kind: Any, value: Any, position: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from shared.kernels.jit import intrinsic
 from shared.kernels.simd import (
@@ -23,6 +24,7 @@ from shared.kernels.simd import (
     Rows,
     from_e4m3,
     row_number,
+    stored_rows,
 )
 
 MIX_LANES = 2 * LANES
@@ -52,13 +54,13 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
     """y[i + r, j + c] = x[row r] . w[row first + c] for r < rows and first + c < last.
 
     Row n of x is xi[n] when xi is an array, else xi + n; likewise for w. x and y are fp32; w is fp32, int16 holding
-    bf16, or what ``Fp8Rows`` takes.
+    bf16, uint16 holding fp16, or what ``Fp8Rows`` takes.
     """
 
     def codegen(context, builder, signature, args):
         emit, kinds = Emitter(context, builder), signature.args
         left, out = Rows(emit, kinds[0], args[0]), Rows(emit, kinds[7], args[7])
-        right = (Fp8Rows if isinstance(kinds[3], types.BaseTuple) else Rows)(emit, kinds[3], args[3])
+        right = stored_rows(emit, kinds[3], args[3])
         _, xi, rows, _, wi, first, last, _, i, j = args
 
         def tile(m: Any, height: int, n: Any, width: int) -> None:
@@ -78,6 +80,30 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
 
     i64 = types.int64
     return types.void(x, xi, i64, w, wi, i64, i64, y, i64, i64), codegen
+
+
+@intrinsic
+def widen_rows(typing_context, w, wi, y):
+    """y[c] = row wi[c] of w as fp32, for every entry of wi; w as in ``dot_block``."""
+
+    def codegen(context, builder, signature, args):
+        emit, kinds = Emitter(context, builder), signature.args
+        stored, out = stored_rows(emit, kinds[0], args[0]), Rows(emit, kinds[2], args[2])
+        (count,) = cgutils.unpack_tuple(builder, context.make_array(kinds[1])(context, builder, args[1]).shape)
+
+        def one(c: Any, _: int) -> None:
+            row, target = stored.row(row_number(emit, kinds[1], args[1], c)), out.row(c)
+
+            def step(k: Any, _: list[Any], mask: Any = None) -> list[Any]:
+                emit.store(stored.load(row, k, mask), out.at(target, k), mask)
+                return []
+
+            emit.over_lanes(stored.depth, [], step)
+
+        emit.strips(emit.number(0), count, (1,), one)
+        return context.get_dummy_value()
+
+    return types.void(w, wi, y), codegen
 
 
 @intrinsic
