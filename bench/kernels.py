@@ -18,6 +18,7 @@ RUN_S = 0.1
 RUNS = 5
 ROTATION_BYTES = 256 << 20
 """Weights are taken in turn from copies of this size together, so that they do not stay in the caches."""
+FP8_BLOCK = 128
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 16, 4, 64, 512
 
 
@@ -44,6 +45,44 @@ def seconds(call: Callable[[int], object]) -> float:
     return best
 
 
+def forms() -> dict[str, Callable[[Any], Any]]:
+    """Suffix of a kernel's name -> how a matrix is stored for it; every call makes a copy."""
+    import torch
+
+    from shared.kernels.weights import Fp8Blocks
+
+    def fp8(matrix: torch.Tensor) -> Fp8Blocks:
+        factors = torch.full([-(-size // FP8_BLOCK) for size in matrix.shape], 0.01)
+        return Fp8Blocks((matrix * 100).to(torch.float8_e4m3fn), factors, (FP8_BLOCK, FP8_BLOCK))
+
+    return {"": lambda matrix: matrix.bfloat16(), " fp8": fp8}
+
+
+def products(
+    kernels: Any, args: argparse.Namespace, rows: int, suffix: str, form: Callable[[Any], Any]
+) -> Iterator[tuple[str, Callable[[int], object], float, float]]:
+    """Cases of ``cases`` that read weights, stored in one form."""
+    import torch
+
+    hidden, x = args.hidden, torch.randn(rows, args.hidden)
+    one = torch.randn(hidden, hidden)
+    square = [form(one) for _ in range(max(1, ROTATION_BYTES // form(one).nbytes))]
+    out, work = torch.empty(rows, hidden), 2.0 * rows * hidden * hidden
+    yield f"linear{suffix}", lambda i: kernels.linear(x, square[i % len(square)], out=out), square[0].nbytes, work
+
+    ids = torch.stack([torch.randperm(args.experts)[:4] for _ in range(rows)]).flatten().int().sort()
+    tokens = (ids.indices // 4).int()
+    sizes = ((args.inner, hidden), (args.inner, hidden), (hidden, args.inner))
+    matrices = [torch.randn(size) for size in sizes]
+    tables = [kernels.expert_table({e: [form(m) for m in matrices] for e in range(args.experts)}) for _ in range(8)]
+    parts, used, area = torch.empty(4 * rows, hidden), len(ids.values.unique()), 3.0 * hidden * args.inner
+
+    def feed_forward(i: int) -> object:
+        return kernels.experts(x, tables[i % len(tables)], tokens, ids.values, "silu", parts)
+
+    yield f"experts{suffix}", feed_forward, tables[0].nbytes / args.experts * used, 2.0 * 4 * rows * area
+
+
 def cases(
     kernels: Any, args: argparse.Namespace, rows: int
 ) -> Iterator[tuple[str, Callable[[int], object], float, float]]:
@@ -52,27 +91,8 @@ def cases(
 
     from shared.kernels.base import Paged, Visibility
 
-    def bf16(*shape: int) -> list[torch.Tensor]:
-        one = torch.randn(shape).bfloat16()
-        return [one.clone() for _ in range(max(1, ROTATION_BYTES // one.nbytes))]
-
-    hidden, x = args.hidden, torch.randn(rows, args.hidden)
-    square = bf16(hidden, hidden)
-    out, work = torch.empty(rows, hidden), 2.0 * rows * hidden * hidden
-    yield "linear", lambda i: kernels.linear(x, square[i % len(square)], out=out), square[0].nbytes, work
-
-    ids = torch.stack([torch.randperm(args.experts)[:4] for _ in range(rows)]).flatten().int().sort()
-    tokens = (ids.indices // 4).int()
-    sizes = ((args.inner, hidden), (args.inner, hidden), (hidden, args.inner))
-    stacks = [bf16(args.experts, *size)[:8] for size in sizes]
-    layers = [{e: [weight[e] for weight in layer] for e in range(args.experts)} for layer in zip(*stacks, strict=False)]
-    tables = [kernels.expert_table(layer) for layer in layers]
-    parts, used, area = torch.empty(4 * rows, hidden), len(ids.values.unique()), 3.0 * hidden * args.inner
-
-    def feed_forward(i: int) -> object:
-        return kernels.experts(x, tables[i % len(tables)], tokens, ids.values, "silu", parts)
-
-    yield "experts", feed_forward, used * area * 2, 2.0 * 4 * rows * area
+    for suffix, form in forms().items():
+        yield from products(kernels, args, rows, suffix, form)
 
     q, blocks = torch.randn(rows, HEADS, HEAD_DIM), (CONTEXT + rows + 15) // 16
     cache = torch.randn(blocks, 16, KV_HEADS, HEAD_DIM)
@@ -87,7 +107,8 @@ def cases(
 
     yield "attention", attend, 2.0 * seen * KV_HEADS * HEAD_DIM * 4, 4.0 * seen * HEADS * HEAD_DIM
 
-    norm = torch.ones(hidden)
+    x, norm = torch.randn(rows, args.hidden), torch.ones(args.hidden)
+    out = torch.empty_like(x)
     yield "rms_norm", lambda _: kernels.rms_norm(x, norm, 1e-6, out=out), 8.0 * x.numel(), 4.0 * x.numel()
 
 
@@ -115,7 +136,7 @@ def main() -> None:
             }
             result["kernels"].append({k: round(v, 1) if isinstance(v, float) else v for k, v in line.items()})
             rates = f"{line['gb_s']:7.1f} GB/s {line['gflop_s']:7.1f} GFLOP/s"
-            print(f"{name:>10} {rows:>5} rows {line['us']:10.1f} us {rates}")
+            print(f"{name:>11} {rows:>5} rows {line['us']:10.1f} us {rates}")
     print(json.dumps(result))
 
 

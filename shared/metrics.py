@@ -42,6 +42,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "frames_dropped": ("counter", "Frames thrown away, by reason."),
     "expert_tokens": ("counter", "Tokens computed, by layer and expert."),
     "replicas": ("gauge", "Loaded expert replicas."),
+    "expert_bytes": ("gauge", "Bytes of their weights, of which the CPU maps most and shares them between instances."),
     "placement_version": ("gauge", "Version of the placement in use."),
     "placements_written": ("counter", "Versions of the placement that this scheduler has written."),
     "leader": ("gauge", "1 while this scheduler leads."),

@@ -72,11 +72,11 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
 
 def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
     """Compile every kernel of an exchange, or load it from the cache on disk; ``layer`` is a spare one."""
-    layer.load(range(spec.router.experts))
     everywhere = np.ones(spec.router.experts, np.uint64)
     for rows in (1, 8):
         x = torch.ones(rows, spec.hidden, device=device, dtype=dtype)
         plan = plan_parts(layer, x, everywhere, live=1, instance=0)
+        layer.load(set(plan.parts.experts.tolist()))  # these only: an expert may have to be unpacked or copied
         out = torch.empty(len(plan.weights), spec.hidden, device=device)
         compute_parts(layer, x, plan.parts, out)
         meta = np.empty(len(plan.weights) * PARTS.itemsize, np.uint8)

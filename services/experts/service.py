@@ -61,6 +61,7 @@ class ExpertsService:
         """For /metrics; read in another thread."""
         stats = self._server.stats
         yield sample("replicas", self._replicas)
+        yield sample("expert_bytes", self._store.nbytes)
         yield sample("placement_version", self._version)
         yield sample("exchange_bytes", stats.bytes_sent, direction="sent")
         yield sample("exchange_bytes", stats.bytes_received, direction="received")

@@ -23,6 +23,9 @@ class ResidentLayer(Protocol):
     @property
     def resident(self) -> frozenset[int]: ...
 
+    @property
+    def nbytes(self) -> int: ...
+
     def load(self, experts: Iterable[int]) -> None: ...
 
     def unload(self, experts: Iterable[int]) -> None: ...
@@ -63,6 +66,11 @@ class ExpertStore:
     def replicas(self) -> int:
         """Resident replicas."""
         return sum(len(layer.resident) for layer in self._layers.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their weights; on CPU most are mapped and shared with other instances."""
+        return sum(layer.nbytes for layer in self._layers.values())
 
     def check(self, placement: Placement) -> None:
         """Raises StoreRefusal when the placement is for another model or needs more slots than there are."""

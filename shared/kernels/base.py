@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from shared.kernels.weights import Weight
 from shared.models.spec import RouterSpec
 
 
@@ -23,6 +24,11 @@ class ExpertTable(Protocol):
     @property
     def resident(self) -> frozenset[int]:
         """Logical expert ids."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the table keeps: all weights of its experts as kernels read them. On CPU they may be mapped."""
         ...
 
 
@@ -89,8 +95,8 @@ class Kernels(Protocol):
         """out = x; rows [T, heads, D] of both may be views."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x [T, K] @ weight [N, K].T (+ bias [N]) -> [T, N]; weight is fp32, bf16 or fp16."""
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [T, K] @ weight [N, K].T (+ bias [N]) -> [T, N]; weight is fp32, bf16, fp16 or FP8."""
         ...
 
     def head_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -140,10 +146,10 @@ class Kernels(Protocol):
         """
         ...
 
-    def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> ExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> ExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]), then the biases of all three or none.
 
-        On CPU the tensors stay where they are (mapped).
+        They stay as they are: on CPU mapped, FP8 at one byte per weight.
         """
         ...
 

@@ -1,6 +1,6 @@
 """``Kernels`` on CPU: checks shapes, turns tensors into addresses and calls the numba kernels.
 
-Activations and the KV cache are fp32; weights are fp32, bf16 or fp16 and are read where they lie.
+Activations and the KV cache are fp32; weights are fp32, bf16, fp16 or blocks of fp8 and are read where they lie.
 """
 
 import logging
@@ -29,9 +29,10 @@ from shared.kernels import (
 )
 from shared.kernels.base import ExpertTable, Paged, Visibility
 from shared.kernels.cache import compile_once
-from shared.kernels.cpu_checks import expect, head_strides, is_plain, weight_kind
+from shared.kernels.cpu_checks import expect, head_strides, is_plain, located, weight_kind
 from shared.kernels.cpu_rowwise import RowKernels
-from shared.kernels.jit import KIND_BF16
+from shared.kernels.jit import KIND_BF16, KIND_FP32
+from shared.kernels.weights import Weight, expert_bytes
 from shared.models.spec import RouterSpec
 
 _ACTIVATIONS = {
@@ -48,18 +49,22 @@ _PARALLEL_WORK = 1 << 18
 
 @dataclass(frozen=True)
 class CpuExpertTable:
-    """Addresses of the resident experts' weights, and the tensors that keep them mapped."""
+    """Addresses of the resident experts' weights, and the weights, which keeps them mapped."""
 
     addresses: np.ndarray
     """int64 [highest id + 1, 6]: gate, up, down, 0 = not resident; then their biases, 0 = none."""
     kind: int
     hidden: int
     expert_hidden: int
-    tensors: dict[int, tuple[Tensor, ...]]
+    weights: dict[int, tuple[Weight, ...]]
 
     @property
     def resident(self) -> frozenset[int]:
-        return frozenset(self.tensors)
+        return frozenset(self.weights)
+
+    @property
+    def nbytes(self) -> int:
+        return expert_bytes(self.weights)
 
 
 class CpuKernels(RowKernels):
@@ -128,20 +133,19 @@ class CpuKernels(RowKernels):
             self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K].T (+ bias [N]) -> fp32 [T, N]."""
         return self._linear(x, weight, bias, out, self._parts)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, parts: int) -> Tensor:
+    def _linear(self, x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor | None, parts: int) -> Tensor:
         x = self._plain(x)
         (rows, depth), cols = x.shape, weight.shape[0]
         expect(weight.shape == (cols, depth), "weight {} for rows of {}", weight.shape, depth)
         expect(bias is None or bias.shape == (cols,), "bias must have {} entries", cols)
-        expect(weight.is_contiguous(), "weights must be contiguous")
         out = self._output(out, (rows, cols))
         offsets = None if bias is None else self._plain(bias)
-        kind, threads = weight_kind(weight), self._threads(rows * depth * cols)
-        read, sizes = (x.data_ptr(), weight.data_ptr()), (rows, depth, cols)
+        (address, kind), threads = located(weight), self._threads(rows * depth * cols)
+        read, sizes = (x.data_ptr(), address), (rows, depth, cols)
         written = (0 if offsets is None else offsets.data_ptr(), out.data_ptr())
         if self._tiled(kind):
             self._do(cpu_amx.linear, threads, self._tile_routines, parts, *read, *written, *sizes)
@@ -224,25 +228,21 @@ class CpuKernels(RowKernels):
         )
         return weights, ids
 
-    def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> CpuExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> CpuExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]) alike in shape and dtype, and fp32 biases or none."""
         addresses = np.zeros((max(experts, default=-1) + 1, 6), np.int64)
         if not experts:
             return CpuExpertTable(addresses, 0, 0, 0, {})
         first = next(iter(experts.values()))[0]
-        inner, width = first.shape
+        (inner, width), kind = first.shape, located(first)[1]
         shapes = ((inner, width), (inner, width), (width, inner), (inner,), (inner,), (width,))
         for expert, weights in experts.items():
             fits = len(weights) in (3, 6) and all(w.shape == s for w, s in zip(weights, shapes, strict=False))
-            alike = all(is_plain(weight, first.dtype) for weight in weights[:3])
-            expect(
-                fits and alike and all(is_plain(bias, torch.float32) for bias in weights[3:]),
-                "expert {}: its weights differ in shape or dtype from others",
-                expert,
-            )
-            addresses[expert, : len(weights)] = [weight.data_ptr() for weight in weights]
-        tensors = {expert: tuple(weights) for expert, weights in experts.items()}
-        return CpuExpertTable(addresses, weight_kind(first), width, inner, tensors)
+            places = [located(weight) for weight in weights]
+            alike = all(other == (kind if i < 3 else KIND_FP32) for i, (_, other) in enumerate(places))
+            expect(fits and alike, "expert {}: its weights differ in shape or dtype from others", expert)
+            addresses[expert, : len(weights)] = [address for address, _ in places]
+        return CpuExpertTable(addresses, kind, width, inner, {e: tuple(weights) for e, weights in experts.items()})
 
     def experts(
         self, x: Tensor, table: ExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor

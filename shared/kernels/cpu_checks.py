@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from shared.kernels.jit import KIND_BF16, KIND_FP16, KIND_FP32
+from shared.kernels.jit import KIND_BF16, KIND_FP8, KIND_FP16, KIND_FP32
+from shared.kernels.weights import Fp8Blocks, Weight
 
 _KINDS = {torch.float32: KIND_FP32, torch.bfloat16: KIND_BF16, torch.float16: KIND_FP16}
 
@@ -52,3 +53,11 @@ def weight_kind(weight: Tensor) -> int:
     if weight.dtype not in _KINDS:
         raise TypeError(f"weights must be fp32, bf16 or fp16, not {weight.dtype}")
     return _KINDS[weight.dtype]
+
+
+def located(weight: Weight) -> tuple[int, int]:
+    """(address, kind) of a matrix, as kernels are told it. Raises ValueError when it is not contiguous, TypeError."""
+    if isinstance(weight, Fp8Blocks):
+        return weight.where.data_ptr(), KIND_FP8
+    expect(weight.is_contiguous(), "weights must be contiguous")
+    return weight.data_ptr(), weight_kind(weight)

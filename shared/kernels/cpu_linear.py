@@ -8,10 +8,14 @@ import numpy as np
 
 from shared.kernels.jit import (
     BF16,
+    FP8,
     FP16,
     FP32,
     I32,
+    I64,
     KIND_BF16,
+    KIND_FP8,
+    KIND_FP16,
     KIND_FP32,
     call,
     helper,
@@ -21,17 +25,16 @@ from shared.kernels.jit import (
     view1,
     view2,
 )
-from shared.kernels.simd import LANES, TILE_ROWS
-from shared.kernels.tiles import dot_block, widen
+from shared.kernels.simd import E4M3_UNIT, LANES, TILE_ROWS
+from shared.kernels.tiles import dot_block, widen, widen_rows
 
 STREAMS = 4
 """A work item reads so many places of a matrix side by side, each in order: prefetchers of the hardware follow each."""
 WIDE_ITEM, NARROW_ITEM = 64, 16
 """Output columns of a work item; the narrow one when there would be too few for all threads."""
 PANEL_ROWS = 16
-"""From this many rows on it pays to widen weights once, ahead of the products."""
+"""From this many rows on it pays to widen weights once, ahead of the products; FP8 when it would be more than once."""
 PANEL_COLS = 16
-_STRETCH = 32
 
 
 @helper
@@ -89,12 +92,40 @@ def new_block(rows, width):
 
 
 @helper
-def _widen_columns(w, kind, columns, depth, wide):
-    brain, half = view2(w, 1, depth, BF16), view2(w, 1, depth, FP16)
-    for near in range(0, depth, _STRETCH):
+def _fp8_rows(w, depth):
+    """(values, factors, sizes of a block) of ``Fp8Blocks.where`` at an address."""
+    where = view1(w, 4, I64)
+    across = (depth + where[3] - 1) // where[3]
+    return view2(where[0], 1, depth, FP8), view2(where[1], 1, across, FP32), where[2], where[3]
+
+
+@helper
+def _whole_vectors(w):
+    """Whether FP8 blocks begin where vectors do."""
+    return view1(w, 4, I64)[3] % LANES == 0
+
+
+@helper
+def _widen_odd_fp8(w, columns, depth, wide):
+    """For blocks of any width."""
+    values, factors, high, apart = _fp8_rows(w, depth)
+    for near in range(0, depth, apart):
         for n in range(len(columns)):
-            for k in range(near, min(near + _STRETCH, depth)):
-                wide[n, k] = widen(brain[columns[n], k]) if kind == KIND_BF16 else widen(half[columns[n], k])
+            factor = factors[columns[n] // high, near // apart] * np.float32(E4M3_UNIT)
+            for k in range(near, min(near + apart, depth)):
+                wide[n, k] = widen(values[columns[n], k]) * factor
+
+
+@helper
+def _widen_columns(w, kind, columns, depth, wide):
+    if kind == KIND_BF16:
+        widen_rows(view2(w, 1, depth, BF16), columns, wide)
+    elif kind == KIND_FP16:
+        widen_rows(view2(w, 1, depth, FP16), columns, wide)
+    elif _whole_vectors(w):
+        widen_rows(_fp8_rows(w, depth), columns, wide)
+    else:
+        _widen_odd_fp8(w, columns, depth, wide)
 
 
 def _project(x, numbers, rows, w, kind, columns, cols, depth, panel, y, stride):
@@ -102,6 +133,9 @@ def _project(x, numbers, rows, w, kind, columns, cols, depth, panel, y, stride):
     outputs, wi = view2(y, rows, stride, FP32), view1(columns, cols, I32)
     if rows < PANEL_ROWS and kind == KIND_BF16:
         dot_block(inputs, xi, rows, view2(w, 1, depth, BF16), wi, 0, cols, outputs, 0, 0)
+        return
+    if rows <= TILE_ROWS and kind == KIND_FP8 and _whole_vectors(w):
+        dot_block(inputs, xi, rows, _fp8_rows(w, depth), wi, 0, cols, outputs, 0, 0)
         return
     if kind == KIND_FP32:
         for m in range(0, rows, TILE_ROWS):  # few rows at a time: they stay in the first-level cache

@@ -17,11 +17,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
-# Element types of views; bf16 and fp16 have none in numba, integers of their size stand for them.
-BF16, FP16, FP32 = np.int16, np.uint16, np.float32
+# Element types of views; bf16, fp16 and fp8 have none in numba, integers of their size stand for them.
+BF16, FP16, FP32, FP8 = np.int16, np.uint16, np.float32, np.uint8
 I32, I64 = np.int32, np.int64
-# How a kernel is told the dtype of weights at an address.
-KIND_FP32, KIND_BF16, KIND_FP16 = 0, 1, 2
+# How a kernel is told the dtype of weights at an address; of FP8 it is the address of ``Fp8Blocks.where``.
+KIND_FP32, KIND_BF16, KIND_FP16, KIND_FP8 = 0, 1, 2, 3
 
 intrinsic: Any = numba_intrinsic
 """Untyped: the first parameter of an intrinsic is not one that its callers give."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from shared.kernels.base import ExpertTable, Paged, T, Visibility
 from shared.kernels.reference_router import choose
+from shared.kernels.weights import Weight, expert_bytes, unpacked
 from shared.models.spec import RouterSpec
 
 SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
@@ -22,11 +23,15 @@ SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
 class ReferenceTable:
     """Expert weights as they were given: logical id -> gate, up, down, and their biases if there are any."""
 
-    weights: dict[int, Sequence[Tensor]]
+    weights: dict[int, Sequence[Weight]]
 
     @property
     def resident(self) -> frozenset[int]:
         return frozenset(self.weights)
+
+    @property
+    def nbytes(self) -> int:
+        return expert_bytes(self.weights)
 
 
 def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -71,8 +76,8 @@ class ReferenceKernels:
     def copy(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        y = functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        y = functional.linear(x, unpacked(weight, x.dtype).to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y if out is None else out.copy_(y)
 
     def head_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ class ReferenceKernels:
         weights, ids = choose(logits, router, correction)
         return weights.contiguous(), ids.int().contiguous()
 
-    def expert_table(self, experts: Mapping[int, Sequence[Tensor]]) -> ReferenceTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> ReferenceTable:
         return ReferenceTable(dict(experts))
 
     def experts(
@@ -134,7 +139,7 @@ class ReferenceKernels:
         if not isinstance(table, ReferenceTable):
             raise TypeError("the expert table was made by other kernels")
         for expert in ids.unique().tolist():
-            gate, up, down, *biases = (weight.to(x.dtype) for weight in table.weights[expert])
+            gate, up, down, *biases = (unpacked(weight, x.dtype).to(x.dtype) for weight in table.weights[expert])
             b_gate, b_up, b_down = biases or (None, None, None)
             parts = (ids == expert).nonzero().squeeze(1)
             rows = x[tokens[parts].long()]

@@ -13,7 +13,9 @@ from numba import types
 from numba.core import cgutils, config
 
 LANES = 16
-FLOAT, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FLOAT, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+E4M3_UNIT = 256.0
+"""What ``from_e4m3`` leaves out."""
 _INTS, _FLOATS = ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
 
 
@@ -61,21 +63,29 @@ class Emitter:
         return self.builder.icmp_signed("<", lanes, self.splat(count))
 
     def load(self, pointer: Any, dtype: types.Type, mask: Any = None) -> Any:
-        """16 elements widened to fp32; lanes outside ``mask`` are not read and become zero."""
+        """16 elements widened to fp32 (fp8: see ``from_e4m3``); lanes outside ``mask`` are not read and become zero."""
         if dtype == types.float32:
             return self._load(pointer, FLOAT, mask)
-        # bf16 is the upper half of fp32
-        wide = self.builder.zext(self._load(pointer, ir.IntType(16), mask), _INTS)
+        if dtype == types.uint8:
+            return from_e4m3(self.builder, self._load(pointer, I8, mask))
+        bits = self._load(pointer, I16, mask)
+        if dtype == types.uint16:
+            return self.builder.fpext(self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
+        wide = self.builder.zext(bits, _INTS)  # bf16 is the upper half of fp32
         return self.builder.bitcast(self.builder.shl(wide, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
 
     def prefetch(self, pointer: Any, far: bool = False) -> None:
         """Ask for the cache line at an address, which may be any; ``far``: into the second-level cache only."""
+        pointer = self.builder.bitcast(pointer, I8.as_pointer())
         read, keep, data = (ir.Constant(I32, flag) for flag in (0, 2 if far else 3, 1))
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
-    def store(self, vector: Any, pointer: Any, mask: Any) -> None:
-        """Write the fp32 lanes in ``mask``."""
+    def store(self, vector: Any, pointer: Any, mask: Any = None) -> None:
+        """Write the fp32 lanes in ``mask``, or all."""
         pointer = self.builder.bitcast(pointer, _FLOATS.as_pointer())
+        if mask is None:
+            self.builder.store(vector, pointer, align=4)
+            return
         name = f"llvm.masked.store.v{LANES}f32.p0"
         self.call(name, ir.VoidType(), vector, pointer, ir.Constant(I32, 4), mask)
 
@@ -144,9 +154,9 @@ class Emitter:
         vector = ir.VectorType(element, LANES)
         pointer = self.builder.bitcast(pointer, vector.as_pointer())
         if mask is None:
-            return self.builder.load(pointer, align=2)
+            return self.builder.load(pointer, align=1)
         name = f"llvm.masked.load.v{LANES}{element.intrinsic_name}.p0"
-        return self.call(name, vector, pointer, ir.Constant(I32, 2), mask, ir.Constant(vector, [0] * LANES))
+        return self.call(name, vector, pointer, ir.Constant(I32, 1), mask, ir.Constant(vector, [0] * LANES))
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         """Call an LLVM intrinsic by its full name (llvmlite cannot spell the names of vector types)."""
@@ -175,6 +185,57 @@ class Rows:
     def load(self, row: Any, column: Any, mask: Any = None) -> Any:
         """16 elements of the row at a pointer, from ``column`` on, as fp32."""
         return self.emit.load(self.at(row, column), self.dtype, mask)
+
+
+class Fp8Rows:
+    """Pointers into FP8 blocks: a tuple (values, factors, rows of a block, columns of a block) given to an intrinsic.
+
+    Columns of a block are a multiple of 16. A row is a pair: its values, and the factors of its blocks.
+    """
+
+    def __init__(self, emit: Emitter, kind: Any, value: Any) -> None:
+        values, factors, self.block_rows, self.block_columns = cgutils.unpack_tuple(emit.builder, value)
+        self.values, self.factors = Rows(emit, kind[0], values), Rows(emit, kind[1], factors)
+        self.emit, self.dtype, self.depth = emit, self.values.dtype, self.values.depth
+
+    def row(self, number: Any) -> Any:
+        return self.values.row(number), self.factors.row(self.emit.builder.udiv(number, self.block_rows))
+
+    def at(self, row: Any, column: Any) -> Any:
+        """Pointer to one value of a row."""
+        return self.values.at(row[0], column)
+
+    def load(self, row: Any, column: Any, mask: Any = None) -> Any:
+        """16 elements of a row, from ``column`` on, as fp32."""
+        builder = self.emit.builder
+        at = self.factors.at(row[1], builder.udiv(column, self.block_columns))
+        factor = builder.fmul(builder.load(builder.bitcast(at, FLOAT.as_pointer())), ir.Constant(FLOAT, E4M3_UNIT))
+        return builder.fmul(self.values.load(row[0], column, mask), self.emit.splat(factor))
+
+
+def from_e4m3(builder: ir.IRBuilder, codes: Any) -> Any:
+    """E4M3 (i8, or a vector of them) as fp32, divided by ``E4M3_UNIT``, exactly.
+
+    Its fields are those of an fp16, whose exponents begin 8 lower; but for NaN, where every bit behind the sign is set.
+    """
+    lanes = codes.type.count if isinstance(codes.type, ir.VectorType) else 0
+
+    def shaped(element: Any) -> Any:
+        return ir.VectorType(element, lanes) if lanes else element
+
+    def constant(element: Any, value: int) -> Any:
+        return ir.Constant(shaped(element), [value] * lanes if lanes else value)
+
+    moved = builder.shl(builder.sext(codes, shaped(I16)), constant(I16, 7))
+    half = builder.and_(moved, constant(I16, ~0x4000))  # there the sign is for a second time
+    missing = builder.icmp_signed("==", builder.and_(codes, constant(I8, 0x7F)), constant(I8, 0x7F))
+    half = builder.or_(half, builder.sext(missing, shaped(I16)))
+    return builder.fpext(builder.bitcast(half, shaped(ir.HalfType())), shaped(FLOAT))
+
+
+def stored_rows(emit: Emitter, kind: Any, value: Any) -> Rows | Fp8Rows:
+    """Rows of weights: a 2-D array, or the tuple that ``Fp8Rows`` takes."""
+    return (Fp8Rows if isinstance(kind, types.BaseTuple) else Rows)(emit, kind, value)
 
 
 def row_number(emit: Emitter, kind: Any, value: Any, position: Any) -> Any:

@@ -10,26 +10,37 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from shared.kernels.jit import intrinsic
-from shared.kernels.simd import FLOAT, I32, LANES, TILE_COLS, TILE_ROWS, Emitter, Rows, row_number
+from shared.kernels.simd import (
+    FLOAT,
+    I32,
+    LANES,
+    TILE_COLS,
+    TILE_ROWS,
+    Emitter,
+    Fp8Rows,
+    Rows,
+    from_e4m3,
+    row_number,
+    stored_rows,
+)
 
 MIX_LANES = 2 * LANES
 """Most columns of one ``mix_block``."""
 PREFETCH = 512
-"""How many bf16 weights ahead memory is asked for."""
+"""How many bf16 or fp8 weights ahead memory is asked for."""
 _HEIGHTS = {4: (4, 2, 1), 3: (3, 1)}[TILE_ROWS]
 """Rows of a tile: the first as often as it fits, the next for what is left."""
 
 
-def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows, ws: list[Any]) -> Any:
+def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows | Fp8Rows, ws: list[Any]) -> Any:
     """The dot products of all pairs of row pointers (up to 16 pairs), row-major in one vector."""
 
     def step(k: Any, sums: list[Any], mask: Any = None) -> list[Any]:
         a, b = [x.load(row, k, mask) for row in xs], [w.load(row, k, mask) for row in ws]
-        if (
-            w.dtype == types.int16
-        ):  # weights from memory: several short rows at a time defeat the hardware's own guesses
+        if w.dtype != types.float32:  # weights from memory: several short rows at a time defeat the hardware's guesses
             for row in ws:
                 emit.prefetch(emit.builder.gep(w.at(row, k), [emit.number(PREFETCH)]))
         pairs = [(left, right) for left in a for right in b]
@@ -42,13 +53,14 @@ def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows, ws: list[Any]) -> 
 def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
     """y[i + r, j + c] = x[row r] . w[row first + c] for r < rows and first + c < last.
 
-    Row n of x is xi[n] when xi is an array, else xi + n; likewise for w. x and y are fp32; w is fp32, or int16 holding
-    bf16.
+    Row n of x is xi[n] when xi is an array, else xi + n; likewise for w. x and y are fp32; w is fp32, int16 holding
+    bf16, uint16 holding fp16, or what ``Fp8Rows`` takes.
     """
 
     def codegen(context, builder, signature, args):
         emit, kinds = Emitter(context, builder), signature.args
-        left, right, out = (Rows(emit, kinds[a], args[a]) for a in (0, 3, 7))
+        left, out = Rows(emit, kinds[0], args[0]), Rows(emit, kinds[7], args[7])
+        right = stored_rows(emit, kinds[3], args[3])
         _, xi, rows, _, wi, first, last, _, i, j = args
 
         def tile(m: Any, height: int, n: Any, width: int) -> None:
@@ -68,6 +80,30 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
 
     i64 = types.int64
     return types.void(x, xi, i64, w, wi, i64, i64, y, i64, i64), codegen
+
+
+@intrinsic
+def widen_rows(typing_context, w, wi, y):
+    """y[c] = row wi[c] of w as fp32, for every entry of wi; w as in ``dot_block``."""
+
+    def codegen(context, builder, signature, args):
+        emit, kinds = Emitter(context, builder), signature.args
+        stored, out = stored_rows(emit, kinds[0], args[0]), Rows(emit, kinds[2], args[2])
+        (count,) = cgutils.unpack_tuple(builder, context.make_array(kinds[1])(context, builder, args[1]).shape)
+
+        def one(c: Any, _: int) -> None:
+            row, target = stored.row(row_number(emit, kinds[1], args[1], c)), out.row(c)
+
+            def step(k: Any, _: list[Any], mask: Any = None) -> list[Any]:
+                emit.store(stored.load(row, k, mask), out.at(target, k), mask)
+                return []
+
+            emit.over_lanes(stored.depth, [], step)
+
+        emit.strips(emit.number(0), count, (1,), one)
+        return context.get_dummy_value()
+
+    return types.void(w, wi, y), codegen
 
 
 @intrinsic
@@ -154,9 +190,11 @@ def from_bits(typing_context, bits):
 
 @intrinsic
 def widen(typing_context, value):
-    """One stored weight (int16 holds bf16, uint16 holds fp16) as fp32."""
+    """One stored weight (int16 holds bf16, uint16 fp16, uint8 fp8: see ``from_e4m3``) as fp32."""
 
     def codegen(context, builder, signature, args):
+        if value == types.uint8:
+            return from_e4m3(builder, args[0])
         if value == types.uint16:
             return builder.fpext(builder.bitcast(args[0], ir.HalfType()), FLOAT)
         return builder.bitcast(builder.shl(builder.zext(args[0], I32), ir.Constant(I32, 16)), FLOAT)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from shared.kernels.base import Kernels, Paged, Visibility
+from shared.kernels.weights import unpacked
+from shared.models.loader import LayerWeights
 from shared.models.scratch import Scratch
 from shared.models.spec import AttentionSpec, LatentSpec, Temperature
 
@@ -49,29 +51,31 @@ class _Layer:
     """What both kinds share."""
 
     def __init__(
-        self, spec: AttentionSpec, weights: dict[str, Tensor], kernels: Kernels, scratch: Scratch, eps: float
+        self, spec: AttentionSpec, weights: LayerWeights, kernels: Kernels, scratch: Scratch, eps: float
     ) -> None:
-        self.spec, self.w, self.kernels, self.scratch, self.eps = spec, weights, kernels, scratch, eps
-        self.sees = Visibility(spec.scale, spec.window, spec.chunk, weights.get("sinks"))
+        self.spec, self.kernels, self.scratch, self.eps = spec, kernels, scratch, eps
+        self.vectors, self.matrices = weights.vectors, weights.matrices
+        self.sees = Visibility(spec.scale, spec.window, spec.chunk, self.vectors.get("sinks"))
 
     def _room(self, name: str, rows: Tensor, width: int) -> Tensor:
         return self.scratch.rows(name, len(rows), width, rows.dtype)
 
     def _project(self, rows: Tensor, role: str) -> Tensor:
-        out = self._room(role, rows, self.w[role].shape[0])
-        return self.kernels.linear(rows, self.w[role], self.w.get(f"{role}_bias"), out=out)
+        weight = self.matrices[role]
+        out = self._room(role, rows, weight.shape[0])
+        return self.kernels.linear(rows, weight, self.vectors.get(f"{role}_bias"), out=out)
 
 
 class GroupedAttention(_Layer):
     """Grouped-query attention."""
 
     def __init__(
-        self, spec: AttentionSpec, weights: dict[str, Tensor], kernels: Kernels, scratch: Scratch, eps: float,
+        self, spec: AttentionSpec, weights: LayerWeights, kernels: Kernels, scratch: Scratch, eps: float,
         rotation: Rotation | None, temperatures: Tensor | None,
     ) -> None:  # fmt: skip
         super().__init__(spec, weights, kernels, scratch, eps)
         self.rotation, self.temperatures = rotation, temperatures
-        self.ones = torch.ones(spec.head_dim, device=weights["q"].device)
+        self.ones = torch.ones(spec.head_dim, device=self.matrices["q"].device)
 
     def new_cache(self, make: MakeCache) -> tuple[Tensor, Tensor]:
         return make(self.spec.kv_heads, self.spec.head_dim), make(self.spec.kv_heads, self.spec.head_dim)
@@ -96,12 +100,12 @@ class GroupedAttention(_Layer):
         """q or k: projected, normed and rotated, [T, heads, head_dim]."""
         a, kernels, rows = self.spec, self.kernels, self._project(normed, role)
         if a.qk_norm == "projection":
-            kernels.rms_norm(rows, self.w[f"{role}_norm"], self.eps, out=rows)
+            kernels.rms_norm(rows, self.vectors[f"{role}_norm"], self.eps, out=rows)
         if a.clip:
             kernels.clip(rows, a.clip)
         rows = rows.view(-1, heads, a.head_dim)
         if a.qk_norm == "head":
-            kernels.rms_norm(rows, self.w[f"{role}_norm"], self.eps, out=rows)
+            kernels.rms_norm(rows, self.vectors[f"{role}_norm"], self.eps, out=rows)
         if a.rope is not None and self.rotation is not None:
             kernels.rope(rows, *self.rotation, positions, a.rope.interleaved)
         if a.qk_norm == "l2":
@@ -118,12 +122,13 @@ class LatentAttention(_Layer):
     """
 
     def __init__(
-        self, spec: AttentionSpec, latent: LatentSpec, weights: dict[str, Tensor], kernels: Kernels, scratch: Scratch,
+        self, spec: AttentionSpec, latent: LatentSpec, weights: LayerWeights, kernels: Kernels, scratch: Scratch,
         eps: float, rotation: Rotation,
     ) -> None:  # fmt: skip
         super().__init__(spec, weights, kernels, scratch, eps)
         self.latent, self.rotation = latent, rotation
-        halves = weights["kv_b"].view(spec.heads, latent.nope_dim + latent.value_dim, latent.rank)
+        both = unpacked(self.matrices["kv_b"], self.vectors["kv_norm"].dtype)
+        halves = both.view(spec.heads, latent.nope_dim + latent.value_dim, latent.rank)
         self.keys = halves[:, : latent.nope_dim].transpose(1, 2).contiguous()
         self.values = halves[:, latent.nope_dim :]
 
@@ -146,7 +151,7 @@ class LatentAttention(_Layer):
     def _keys(self, normed: Tensor, positions: Tensor) -> Tensor:
         """[T, 1, rank + rope_dim]: the normed latent beside the rotated key."""
         rows, rank = self._project(normed, "kv_a"), self.latent.rank
-        self.kernels.rms_norm(rows[:, :rank], self.w["kv_norm"], self.latent.norm_eps, out=rows[:, :rank])
+        self.kernels.rms_norm(rows[:, :rank], self.vectors["kv_norm"], self.latent.norm_eps, out=rows[:, :rank])
         rows = rows.view(-1, 1, self.width())
         self._rotate(rows[..., rank:], positions)
         return rows
@@ -157,7 +162,7 @@ class LatentAttention(_Layer):
         rows, role = normed, "q"
         if latent.query_rank:
             rows, role = self._project(normed, "q_a"), "q_b"
-            kernels.rms_norm(rows, self.w["q_a_norm"], latent.norm_eps, out=rows)
+            kernels.rms_norm(rows, self.vectors["q_a_norm"], latent.norm_eps, out=rows)
         q = self._project(rows, role).view(-1, heads, self.spec.head_dim)
         still = self._room("still", normed, heads * latent.nope_dim).view(-1, heads, latent.nope_dim)
         kernels.copy(q[..., : latent.nope_dim], still)

@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.kernels.base import ExpertTable, Kernels, Paged
 from shared.models.attention import Attention, GroupedAttention, LatentAttention, temperature_table
 from shared.models.layout import decoder_roles, outer_roles
-from shared.models.loader import Checkpoint
+from shared.models.loader import Checkpoint, LayerWeights
 from shared.models.rope import rope_tables
 from shared.models.scratch import Scratch
 from shared.models.spec import LayerSpec
@@ -62,8 +62,7 @@ class Decoder:
         self.scratch = Scratch(device)
         self.outer = {role: checkpoint.load(role, 0, 0, device, dtype) for role in outer_roles(spec)}
         self.layers = [
-            {role: checkpoint.load(role, layer.index, 0, device, dtype) for role in decoder_roles(spec, layer)}
-            for layer in spec.layers
+            checkpoint.layer(decoder_roles(spec, layer), layer.index, device, dtype) for layer in spec.layers
         ]
         ropes = {layer.attention.rope for layer in spec.layers} - {None}
         self.rope = {rope: rope_tables(rope, max_positions, device) for rope in ropes if rope is not None}
@@ -99,7 +98,7 @@ class Decoder:
 
     def attend(self, layer: int, x: Tensor, step: StepInput, cache: KvCache, out: Tensor) -> None:
         """x [T, H] += attention of ``layer``; out [T, H] = the post-attention norm of x, what experts read."""
-        w = self.layers[layer]
+        w = self.layers[layer].vectors
         normed = self.scratch.rows("normed", len(x), self.spec.hidden, x.dtype)
         self._norm(x, w, "input_norm", normed)
         attended = self.attention[layer].run(normed, step.at, step.slots, (cache.k[layer], cache.v[layer]))
@@ -120,7 +119,7 @@ class Decoder:
         parts = self._fed(layer, rows)
         if self.spec.shared_gate:
             gate = self.scratch.rows("gate", len(rows), 1, rows.dtype)
-            self.kernels.linear(rows, self.layers[layer]["shared_router"], out=gate)
+            self.kernels.linear(rows, self.layers[layer].matrices["shared_router"], out=gate)
             self.kernels.gated_add(x, parts, gate)
         else:
             self.kernels.add(x, parts, self.spec.residual_scale)
@@ -148,7 +147,7 @@ class Decoder:
         parts = self.scratch.rows("parts", len(rows), self.spec.hidden, torch.float32)
         return self.kernels.experts(rows, table, *self.scratch.everyone(len(rows)), self.spec.activation, parts)
 
-    def _attention(self, layer: LayerSpec, w: dict[str, Tensor], max_positions: int) -> Attention:
+    def _attention(self, layer: LayerSpec, w: LayerWeights, max_positions: int) -> Attention:
         a = layer.attention
         rotation = None if a.rope is None else self.rope[a.rope]
         if a.latent is not None:
@@ -157,11 +156,12 @@ class Decoder:
         warmth = None if a.temperature is None else temperature_table(a.temperature, max_positions, self.device)
         return GroupedAttention(a, w, self.kernels, self.scratch, self.spec.norm_eps, rotation, warmth)
 
-    def _feed_forward(self, w: dict[str, Tensor]) -> ExpertTable | None:
+    def _feed_forward(self, w: LayerWeights) -> ExpertTable | None:
         """What every row of a layer goes through on this side: dense or shared."""
         for prefix in ("dense", "shared"):
-            if f"{prefix}_gate" in w:
-                return self.kernels.expert_table({0: [w[f"{prefix}_{part}"] for part in ("gate", "up", "down")]})
+            if f"{prefix}_gate" in w.matrices:
+                parts = [w.matrices[f"{prefix}_{part}"] for part in ("gate", "up", "down")]
+                return self.kernels.expert_table({0: parts})
         return None
 
 

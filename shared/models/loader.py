@@ -4,6 +4,8 @@ A view costs no memory until it is read, and all processes of a host that read i
 only ever read through this file.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shared.errors import ModelError
+from shared.kernels.weights import Fp8Blocks, Weight
 from shared.messages import ModelFacts
-from shared.models.layout import tensor_name
-from shared.models.packed import SCALE_SUFFIX, unpack_fp8, unpack_mxfp4
+from shared.models.layout import Shape, tensor_name
+from shared.models.packed import SCALE_SUFFIX, unpack_mxfp4
 from shared.models.source import ModelSource, open_source
 from shared.models.spec import ModelSpec, Stored
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Tensors of one layer by their roles."""
+
+    vectors: dict[str, Tensor]
+    """Norms, biases, sinks."""
+    matrices: dict[str, Weight]
 
 
 def open_checkpoint(model: str) -> "Checkpoint":
@@ -62,13 +74,26 @@ class Checkpoint:
         """The tensor of a role where kernels want it, in the shape of layout.py.
 
         On CPU matrices stay views in the dtype of the file and vectors (norms, biases) become fp32; on other devices
-        everything is copied there as ``dtype``. What is stored packed, transposed or interleaved is copied in any case.
+        everything is copied there as ``dtype``. What is stored packed, transposed or interleaved is copied in any case;
+        FP8 becomes fp32.
         """
         stored = self.spec.names[role]
         tensor = self._stored(stored, tensor_name(self.spec, role, layer, expert), expert).contiguous()
         if device.type == "cpu":
             return tensor.float() if tensor.dim() == 1 else tensor
         return tensor.to(device=device, dtype=dtype)
+
+    def weight(self, role: str, layer: int, expert: int, device: torch.device, dtype: torch.dtype) -> Weight:
+        """What ``load`` gives, for kernels that multiply by it: FP8 stays as it is, on CPU as views."""
+        stored, name = self.spec.names[role], tensor_name(self.spec, role, layer, expert)
+        as_it_is = stored == Stored(stored.name) and self.tensor(name).dtype is torch.float8_e4m3fn
+        return self._fp8(name).to(device) if as_it_is else self.load(role, layer, expert, device, dtype)
+
+    def layer(self, roles: Mapping[str, Shape], layer: int, device: torch.device, dtype: torch.dtype) -> LayerWeights:
+        """The tensors of these roles of a layer; see ``load`` and ``weight``."""
+        at = (layer, 0, device, dtype)
+        vectors = {role: self.load(role, *at) for role, shape in roles.items() if len(shape) == 1}
+        return LayerWeights(vectors, {role: self.weight(role, *at) for role in roles if role not in vectors})
 
     def _stored(self, stored: Stored, name: str, expert: int) -> Tensor:
         """A view where the file's layout allows one."""
@@ -85,8 +110,12 @@ class Checkpoint:
         tensor = self.tensor(name)
         if tensor.dtype is not torch.float8_e4m3fn:
             return tensor
+        return self._fp8(name).unpacked()
+
+    def _fp8(self, name: str) -> Fp8Blocks:
+        """A view of a tensor of FP8 blocks."""
         assert self.spec.fp8_block  # index.check_tensors admits FP8 for nothing else
-        return unpack_fp8(tensor, self.tensor(name + SCALE_SUFFIX), self.spec.fp8_block)
+        return Fp8Blocks(self.tensor(name), self.tensor(name + SCALE_SUFFIX).float(), self.spec.fp8_block)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

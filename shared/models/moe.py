@@ -12,6 +12,7 @@ from torch import Tensor
 from shared.activation import Parts
 from shared.errors import ModelError
 from shared.kernels.base import ExpertTable, Kernels
+from shared.kernels.weights import Weight
 from shared.models.layout import expert_roles, router_roles
 from shared.models.loader import Checkpoint
 from shared.models.scratch import Scratch
@@ -56,8 +57,10 @@ class MoeLayer:
         self._scratch = Scratch(device)
         self._recorded: dict[int, tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]] = {}
         """By number of rows: where they go, and how they are routed."""
-        self._experts: dict[int, list[Tensor]] = {}
+        self._experts: dict[int, list[Weight]] = {}
         self._table: ExpertTable | None = None
+        self.nbytes = 0
+        """Bytes of the resident experts' weights; on CPU most are mapped."""
 
     @property
     def resident(self) -> frozenset[int]:
@@ -110,10 +113,11 @@ class MoeLayer:
             rows, tokens = taken, numbers
         self._kernels.experts(rows, table, tokens, ids, self.spec.activation, out)
 
-    def _swap(self, experts: dict[int, list[Tensor]]) -> None:
+    def _swap(self, experts: dict[int, list[Weight]]) -> None:
         self._experts = experts
         self._table = self._kernels.expert_table(dict(experts)) if experts else None
+        self.nbytes = self._table.nbytes if self._table else 0
 
-    def _weights(self, expert: int) -> list[Tensor]:
+    def _weights(self, expert: int) -> list[Weight]:
         roles = expert_roles(self.spec)
-        return [self._checkpoint.load(role, self.layer, expert, self._device, self._dtype) for role in roles]
+        return [self._checkpoint.weight(role, self.layer, expert, self._device, self._dtype) for role in roles]

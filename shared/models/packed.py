@@ -1,7 +1,8 @@
-"""Weights that a checkpoint stores in fewer bits than kernels read, and how they are unpacked when they are loaded.
+"""Weights that a checkpoint stores in fewer than 16 bits: their names, and how to unpack what kernels do not read.
 
-FP8 (DeepSeek-V3): E4M3, and one fp32 factor per block of a matrix. MXFP4 (OCP Microscaling Formats 1.0): E2M1, two to
-a byte, low half first, and one power of two per 32 values. The unpacked copy is private memory of who loads it.
+FP8 (DeepSeek-V3): E4M3, and one fp32 factor per block of a matrix; kernels read it as it is (kernels/weights.py). MXFP4
+(OCP Microscaling Formats 1.0): E2M1, two to a byte, low half first, and one power of two per 32 values; unpacked when
+it is loaded, into private memory of who loads it.
 """
 
 from typing import TYPE_CHECKING
@@ -14,13 +15,6 @@ FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
 """Behind the name of an FP8 tensor: that of its blocks' factors."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-def unpack_fp8(weight: "Tensor", scales: "Tensor", block: tuple[int, int]) -> "Tensor":
-    """fp32 [N, K] out of E4M3 [N, K] and scales [N / block, K / block], rounded up."""
-    rows, cols = weight.shape
-    wide = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :cols]
-    return weight.float() * wide
 
 
 def unpack_mxfp4(blocks: "Tensor", scales: "Tensor") -> "Tensor":

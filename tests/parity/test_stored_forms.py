@@ -13,8 +13,10 @@ from transformers.utils.quantization_config import Mxfp4Config
 from shared.errors import ModelError
 from shared.kernels.base import select_kernels
 from shared.kernels.reference import ReferenceKernels
+from shared.kernels.weights import Fp8Blocks
+from shared.models.layout import expert_roles
 from shared.models.loader import open_checkpoint
-from shared.models.packed import unpack_fp8
+from shared.models.moe import MoeLayer
 from tests.parity.families import config, load_yardstick, randomise, save_random
 from tests.parity.test_local_models import CPU, TOLERANCE, largest_difference
 
@@ -65,6 +67,29 @@ def test_fp8_blocks_match_transformers_on_the_unpacked_weights(kernels: Any, tmp
     assert largest_difference(packed, kernels, yardstick=load_yardstick(unpacked)) <= TOLERANCE
 
 
+def test_fp8_experts_and_projections_stay_in_the_mapped_file(kernels: Any, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(make_fp8(tmp_path)[0]))
+    spec, layer = checkpoint.spec, checkpoint.spec.moe_layers[0]
+    moe = MoeLayer(checkpoint, kernels, CPU, torch.float32, layer)
+    moe.load(range(spec.router.experts))
+    stored = f"model.layers.{layer}.mlp.experts."
+    assert moe.nbytes == sum(
+        i.end - i.start for name, i in checkpoint.source.tensors.items() if name.startswith(stored)
+    )
+    spans = mapped(checkpoint.path / WEIGHTS)
+    for role in (*expert_roles(spec), "q_a", "o", "shared_gate"):
+        weight = checkpoint.weight(role, layer, 3, CPU, torch.float32)
+        assert isinstance(weight, Fp8Blocks) and weight.values.dtype is torch.float8_e4m3fn
+        assert weight.factors.dtype is torch.float32
+        assert any(start <= weight.values.data_ptr() < end for start, end in spans)
+
+
+def mapped(file: Path) -> list[tuple[int, int]]:
+    """Addresses at which a file is mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    return [(int(start, 16), int(end, 16)) for start, end in (line[0].split("-") for line in lines)]
+
+
 def test_fp8_without_its_scales_is_refused(tmp_path: Path) -> None:
     packed, _ = make_fp8(tmp_path)
     tensors = load_file(packed / WEIGHTS)
@@ -73,12 +98,6 @@ def test_fp8_without_its_scales_is_refused(tmp_path: Path) -> None:
     save_file(tensors, packed / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=f"{name} is missing"):
         open_checkpoint(str(packed))
-
-
-def test_fp8_is_one_factor_per_block() -> None:
-    weight = torch.ones(3, 4).to(torch.float8_e4m3fn)
-    scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert unpack_fp8(weight, scales, (2, 3)).tolist() == [[1, 1, 1, 2], [1, 1, 1, 2], [3, 3, 3, 4]]
 
 
 def test_mxfp4_experts_match_transformers(kernels: Any, tmp_path: Path) -> None:

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from shared.kernels.base import Kernels, Paged, Visibility
+from shared.kernels.weights import Fp8Blocks, Weight
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MATRIX_DTYPES = (*WEIGHT_DTYPES, torch.float8_e4m3fn)
+FP8_BLOCKS = ((128, 128), (24, 16), (16, 24))
+"""Of which the first is what checkpoints have and the last no multiple of a vector."""
 
 
 def generator(seed: int) -> torch.Generator:
@@ -16,6 +20,20 @@ def generator(seed: int) -> torch.Generator:
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=generator(seed)).to(dtype)
+
+
+def fp8(rows: int, cols: int, block: tuple[int, int], seed: int, size: float = 1.0) -> Fp8Blocks:
+    """Weights of about this size, and factors that differ from block to block."""
+    blocks = [-(-extent // of) for extent, of in zip((rows, cols), block, strict=True)]
+    factors = (torch.rand(blocks, generator=generator(seed)) + 0.5) * 0.01 * size
+    return Fp8Blocks((normal(rows, cols, seed=seed) * 100).to(torch.float8_e4m3fn), factors, block)
+
+
+def matrix(rows: int, cols: int, seed: int, dtype: torch.dtype, size: float = 1.0) -> Weight:
+    """A matrix of weights of about this size; FP8 in blocks that follow from the seed."""
+    if dtype is torch.float8_e4m3fn:
+        return fp8(rows, cols, FP8_BLOCKS[seed % len(FP8_BLOCKS)], seed, size)
+    return normal(rows, cols, seed=seed, dtype=dtype) * size
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ def paged_case(
 @dataclass(frozen=True)
 class ExpertCase:
     x: Tensor
-    experts: dict[int, tuple[Tensor, ...]]
+    experts: dict[int, tuple[Weight, ...]]
     tokens: Tensor
     ids: Tensor
     activation: str = "silu"
@@ -116,13 +134,13 @@ def expert_case(
 ) -> ExpertCase:
     """Every row chooses top_k experts; ids are ascending. Logical ids have gaps: 0, 2, 4, ..."""
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
-    weights = {
-        2 * e: tuple(normal(*shape, seed=seed + 10 * e + i, dtype=dtype) * 0.1 for i, shape in enumerate(shapes))
+    weights: dict[int, tuple[Weight, ...]] = {
+        2 * e: tuple(matrix(*shape, seed + 10 * e + i, dtype, 0.1) for i, shape in enumerate(shapes))
         for e in range(experts)
     }
     if biased:
         for e, given in weights.items():
-            weights[e] = given + tuple(normal(len(weight), seed=seed + e + i) for i, weight in enumerate(given))
+            weights[e] = given + tuple(normal(weight.shape[0], seed=seed + e + i) for i, weight in enumerate(given))
     chosen = torch.rand(rows, experts, generator=generator(seed)).argsort(1)[:, :top_k]
     order = chosen.flatten().sort(stable=True)
     tokens = (order.indices // top_k).int()

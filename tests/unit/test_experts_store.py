@@ -11,6 +11,8 @@ from tests.unit.toy_experts import EXPERTS, LAYERS, everywhere, make_placement, 
 class Shelf:
     """A layer that remembers what was loaded."""
 
+    nbytes = 0
+
     def __init__(self) -> None:
         self.resident: frozenset[int] = frozenset()
         self.loads: list[list[int]] = []

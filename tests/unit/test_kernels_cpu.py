@@ -11,8 +11,9 @@ from torch import Tensor
 from shared.kernels.base import Paged, Visibility
 from shared.kernels.cpu import CpuKernels
 from shared.kernels.reference import ReferenceKernels, activate
+from shared.kernels.weights import Fp8Blocks
 from shared.models.spec import RouterSpec
-from tests.unit.kernel_cases import WEIGHT_DTYPES, expert_case, normal, paged_case
+from tests.unit.kernel_cases import MATRIX_DTYPES, WEIGHT_DTYPES, expert_case, matrix, normal, paged_case
 
 REFERENCE = ReferenceKernels()
 few = settings(max_examples=25, deadline=None)
@@ -30,21 +31,50 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 
 @few
-@given(rows=sizes, depth=sizes, cols=sizes, dtype=st.sampled_from(WEIGHT_DTYPES), bias=st.booleans(), seed=seeds)
+@given(rows=sizes, depth=sizes, cols=sizes, dtype=st.sampled_from(MATRIX_DTYPES), bias=st.booleans(), seed=seeds)
 def test_linear_is_the_reference(
     cpu: CpuKernels, rows: int, depth: int, cols: int, dtype: torch.dtype, bias: bool, seed: int
 ) -> None:
-    x, weight = normal(rows, depth, seed=seed), normal(cols, depth, seed=seed + 1, dtype=dtype)
-    offsets = normal(cols, seed=seed + 2, dtype=dtype) if bias else None
+    x, weight = normal(rows, depth, seed=seed), matrix(cols, depth, seed + 1, dtype)
+    offsets = normal(cols, seed=seed + 2).to(WEIGHT_DTYPES[seed % 3]) if bias else None
     out = torch.full((rows, cols), float("nan"))
     assert cpu.linear(x, weight, offsets, out=out) is out
     assert_close(out, REFERENCE.linear(x, weight, offsets))
 
 
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_linear_is_the_reference_with_many_rows(cpu: CpuKernels, dtype: torch.dtype) -> None:
-    x, weight = normal(203, 300, seed=0), normal(130, 300, seed=1, dtype=dtype)
+    x, weight = normal(203, 300, seed=0), matrix(130, 300, 0, dtype)
     assert_close(cpu.linear(x, weight), REFERENCE.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_every_fp8_byte_is_the_number_it_stands_for(cpu: CpuKernels, rows: int) -> None:
+    """NaN and subnormals included; factors so far from 1 that they need fp32."""
+    values = torch.arange(256).to(torch.uint8).view(256, 1).repeat(1, 16).view(torch.float8_e4m3fn)
+    pick = torch.zeros(rows, 16)
+    pick[:, 3] = 1.0
+    for factor in (1.0, 0.37, 1e-30, 1e30):
+        weight = Fp8Blocks(values, torch.full((2, 1), factor), (128, 16))
+        expected = values[:, 3].float() * factor
+        assert expected.isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
+        for row in (weight.unpacked()[:, 3], *cpu.linear(pick, weight)):
+            torch.testing.assert_close(row, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_fp8_blocks_share_a_factor() -> None:
+    values, factors = torch.ones(3, 4).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weight = Fp8Blocks(values, factors, (2, 3))
+    assert weight.unpacked().tolist() == [[1, 1, 1, 2], [1, 1, 1, 2], [3, 3, 3, 4]]
+    assert weight.nbytes == 12 + 16
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, CpuKernels(1)], ids=["reference", "cpu"])
+def test_a_table_of_fp8_experts_keeps_one_byte_per_weight(kernels: CpuKernels | ReferenceKernels) -> None:
+    hidden, inner, experts = 256, 128, 7
+    case = expert_case(1, hidden, inner, experts, dtype=torch.float8_e4m3fn)
+    factors = sum(w.factors.nbytes for weights in case.experts.values() for w in weights if isinstance(w, Fp8Blocks))
+    assert kernels.expert_table(case.experts).nbytes == 3 * hidden * inner * experts + factors
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
@@ -293,7 +323,7 @@ def test_route_of_rows_that_are_not_numbers_still_names_distinct_experts(cpu: Cp
     rows=sizes,
     hidden=sizes,
     inner=sizes,
-    dtype=st.sampled_from(WEIGHT_DTYPES),
+    dtype=st.sampled_from(MATRIX_DTYPES),
     activation=st.sampled_from(("silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu")),
     biased=st.booleans(),
     seed=seeds,
@@ -360,6 +390,24 @@ class TestRefused:
     def test_weights_of_another_dtype(self, cpu: CpuKernels) -> None:
         with pytest.raises(TypeError, match="float64"):
             cpu.linear(torch.ones(2, 5), torch.ones(3, 5, dtype=torch.float64))
+        with pytest.raises(TypeError, match="float8"):  # without its factors
+            cpu.linear(torch.ones(2, 5), torch.ones(3, 5).to(torch.float8_e4m3fn))
+
+    def test_fp8_values_without_the_factors_of_all_blocks(self) -> None:
+        values = torch.ones(3, 5).to(torch.float8_e4m3fn)
+        wrong = (torch.ones(1, 2), torch.ones(2, 3).t(), torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(6))
+        for factors in wrong:
+            with pytest.raises(ValueError, match="factors"):
+                Fp8Blocks(values, factors, (2, 2))
+        with pytest.raises(ValueError, match="factors"):
+            Fp8Blocks(values.t(), torch.ones(3, 2), (2, 2))
+
+    def test_experts_of_mixed_dtypes(self, cpu: CpuKernels) -> None:
+        plain, packed = expert_case(1).experts, expert_case(1, dtype=torch.float8_e4m3fn).experts
+        with pytest.raises(ValueError, match="expert 2"):
+            cpu.expert_table({0: plain[0], 2: packed[2]})
+        with pytest.raises(ValueError, match="expert 0"):
+            cpu.expert_table({0: (*packed[0][:2], plain[0][2])})
 
     def test_slots_and_positions_outside_the_cache(self, cpu: CpuKernels) -> None:
         with pytest.raises(ValueError, match="slots"):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from shared.kernels.cpu import CpuKernels
 from shared.models.spec import RouterSpec
-from tests.unit.kernel_cases import WEIGHT_DTYPES, expert_case, normal, paged_case
+from tests.unit.kernel_cases import MATRIX_DTYPES, expert_case, fp8, matrix, normal, paged_case
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 1000)
-dtypes = pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+dtypes = pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 
 
 @pytest.fixture(scope="module", params=[(True, True), (True, False), (False, True)], ids=["tiles", "rounded", "plain"])
@@ -41,7 +41,7 @@ def two(ways: tuple[bool, bool]) -> CpuKernels:
 def test_linear_rows_are_the_same_alone_and_in_any_number(
     one: CpuKernels, two: CpuKernels, dtype: torch.dtype, depth: int
 ) -> None:
-    x, weight = normal(70, depth, seed=0), normal(301, depth, seed=1, dtype=dtype)
+    x, weight = normal(70, depth, seed=0), matrix(301, depth, 1, dtype)
     bias = normal(301, seed=2)
     alone = torch.cat([one.linear(x[t : t + 1], weight, bias) for t in range(len(x))])
     for rows in (1, 2, 5, 6, 10, 11, 16, 17, 32, 33, 48, 49, 64, 70):
@@ -61,6 +61,23 @@ def test_linear_rows_are_the_same_in_any_order_and_any_split(
     cut = data.draw(st.integers(0, rows))
     parts = [one.linear(x[order][a:b], weight) for a, b in ((0, cut), (cut, rows))]
     assert torch.equal(torch.cat(parts), whole[order])
+
+
+@few
+@given(
+    rows=st.integers(1, 40),
+    depth=st.integers(1, 300),
+    cols=st.integers(1, 200),
+    block=st.sampled_from(((128, 128), (128, 64), (1, 16), (3, 5), (200, 1000))),
+    seed=seeds,
+)
+def test_fp8_blocks_give_the_bits_of_fp32_weights_in_any_number_of_rows(
+    one: CpuKernels, two: CpuKernels, rows: int, depth: int, cols: int, block: tuple[int, int], seed: int
+) -> None:
+    x, weight = normal(rows, depth, seed=seed), fp8(cols, depth, block, seed=seed + 1)
+    whole = two.linear(x, weight.unpacked())
+    assert torch.equal(two.linear(x, weight), whole)
+    assert torch.equal(one.linear(x[-1:], weight), whole[-1:])
 
 
 @few
