@@ -1,6 +1,6 @@
 """Run every bench that has bars and print one table; exits 1 when a bar does not hold.
 
-Needs about a quarter of an hour and nothing else running. The benches' checkpoint is made in a temporary directory.
+Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory.
 """
 
 import json
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 BENCH = Path(__file__).parent
+SCRIPTS = ("decode.py", "prefill.py", "pauses.py", "idle.py", "memory.py")
 
 
 def run(script: str, *args: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def all_bars(scratch: Path) -> list[dict[str, Any]]:
 
     model = scratch / "bench-1b"
     make_checkpoint("bench-1b", model)
-    results = [run(script, "--model", str(model), "--json") for script in ("decode.py", "pauses.py")]
+    results = [run(script, "--model", str(model), "--json") for script in SCRIPTS]
     return [{"bench": result["bench"], **bar} for result in results for bar in result["bars"]]
 
 

@@ -1,5 +1,6 @@
-"""What every bench shares: bars, medians, the JSON on the last line, and a reader of streamed completions."""
+"""What every bench shares: bars, medians, the JSON on the last line, prompts and a reader of streamed completions."""
 
+import asyncio
 import json
 import statistics
 import time
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
+import torch
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ def report(name: str, result: dict[str, Any], bars: Iterable[Bar] = ()) -> None:
 
 def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured batch: seconds to first token, seconds per output token, output tokens per second."""
+
+    ttft: float
+    tpot: float
+    rate: float
 
 
 @dataclass
@@ -84,3 +95,20 @@ def take_event(stream: Stream, event: dict[str, Any]) -> None:
         ids = choice.get("token_ids") or []
         stream.tokens += ids
         stream.arrivals += [time.perf_counter()] * len(ids)
+
+
+def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    """Seeded random token ids [batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab, (batch, length), generator=generator).tolist()
+
+
+async def run_mesh(url: str, ids: list[list[int]], output: int) -> Sample:
+    """All prompts at once as separate streams."""
+    limits = httpx.Limits(max_connections=len(ids))
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+        start = time.perf_counter()
+        streams = await asyncio.gather(*(stream_tokens(client, url, p, output) for p in ids))
+        spent = time.perf_counter() - start
+    assert all(len(s.tokens) == output for s in streams), [len(s.tokens) for s in streams]
+    return Sample(median([s.ttft for s in streams]), median([s.tpot for s in streams]), len(ids) * output / spent)
