@@ -1,7 +1,7 @@
 """Run every bench that has bars and print one table; exits 1 when a bar does not hold.
 
-Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments go to
-peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE.
+Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments
+go to peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What every bench shares: bars, medians, the JSON on the last line, prompts and a reader of streamed completions."""
+"""What the benches share: bars, medians, the JSON on the last line, batches of streamed completions."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
-import torch
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,6 @@ def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One measured batch: seconds to first token, seconds per output token, output tokens per second."""
-
-    ttft: float
-    tpot: float
-    rate: float
-
-
 @dataclass
 class Stream:
     """Arrival times of one streamed completion, in seconds of ``time.perf_counter``."""
@@ -63,10 +54,6 @@ class Stream:
     def tpot(self) -> float:
         """Mean time per output token after the first."""
         return (self.arrivals[-1] - self.arrivals[0]) / max(1, len(self.arrivals) - 1)
-
-
-Ask = Callable[[httpx.AsyncClient, str, list[int], int], Awaitable[Stream]]
-"""One greedy streamed completion: (client, URL of the server, token ids, output tokens)."""
 
 
 async def stream_tokens(
@@ -101,10 +88,22 @@ def take_event(stream: Stream, event: dict[str, Any]) -> None:
         stream.arrivals += [time.perf_counter()] * len(ids)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One measured batch: seconds to first token, seconds per output token, output tokens per second."""
+
+    ttft: float
+    tpot: float
+    rate: float
+
+
 def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     """Seeded random token ids [batch, length]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, vocab, (batch, length), generator=generator).tolist()
+    return np.random.default_rng(seed).integers(1, vocab, (batch, length)).tolist()
+
+
+Ask = Callable[[httpx.AsyncClient, str, list[int], int], Awaitable[Stream]]
+"""One greedy streamed completion: (client, URL of the server, token ids, output tokens)."""
 
 
 async def run_mesh(url: str, ids: list[list[int]], output: int, ask: Ask = stream_tokens) -> Sample:
@@ -116,3 +115,11 @@ async def run_mesh(url: str, ids: list[list[int]], output: int, ask: Ask = strea
         spent = time.perf_counter() - start
     assert all(len(s.arrivals) == output for s in streams), [len(s.arrivals) for s in streams]
     return Sample(median([s.ttft for s in streams]), median([s.tpot for s in streams]), len(ids) * output / spent)
+
+
+def medians(samples: list[Sample]) -> dict[str, float]:
+    return {
+        "ttft_ms": round(median([s.ttft for s in samples]) * 1e3, 1),
+        "tpot_ms": round(median([s.tpot for s in samples]) * 1e3, 2),
+        "tokens_per_s": round(median([s.rate for s in samples]), 1),
+    }

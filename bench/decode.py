@@ -11,7 +11,7 @@ import asyncio
 from typing import Any
 
 import torch
-from common import Bar, Sample, median, prompts, report, run_mesh
+from common import Bar, Sample, median, medians, prompts, report, run_mesh
 from transformers_peer import Peer, fastest, load_peers
 
 from shared.cli.mesh import LocalMesh, MeshOptions
@@ -55,14 +55,6 @@ def row(batch: int, ours: list[Sample], theirs: list[Sample], peer: Peer | None)
     if peer:
         result["transformers"] = {**medians(theirs), "dtype": peer.dtype, "experts": peer.experts}
     return result
-
-
-def medians(samples: list[Sample]) -> dict[str, float]:
-    return {
-        "ttft_ms": round(median([s.ttft for s in samples]) * 1e3, 1),
-        "tpot_ms": round(median([s.tpot for s in samples]) * 1e3, 2),
-        "tokens_per_s": round(median([s.rate for s in samples]), 1),
-    }
 
 
 def print_row(row: dict[str, Any]) -> None:

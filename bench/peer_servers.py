@@ -21,6 +21,7 @@ import httpx
 from common import Ask, Stream, stream_tokens
 
 READY_LIMIT_S = 900.0
+HALTED_LIMIT_S = 3600.0
 STOP_LIMIT_S = 30.0
 LAST_LINES = 15
 CONTEXT = 512
@@ -111,6 +112,8 @@ def vllm(python: str, model: str, dtype: str, most: int, scratch: Path) -> Serve
     environ = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_ENGINE_READY_TIMEOUT_S": f"{READY_LIMIT_S:.0f}",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": f"{HALTED_LIMIT_S:.0f}",  # a step may be under way when it is halted
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": "",

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import Bar, Sample, median, prompts, report, run_mesh
+from common import Bar, Sample, median, medians, prompts, report, run_mesh
 from peer_servers import Server, llama, vllm
 
 from shared.cli.mesh import LocalMesh, MeshOptions
@@ -78,14 +78,6 @@ async def compare(
         Bar(f"mesh / {name}, tokens/s, batch {batch}", r, LEAST[name].get(batch, 0.0)) for name, r in ratios.items()
     ]
     return row, bars
-
-
-def medians(samples: list[Sample]) -> dict[str, float]:
-    return {
-        "ttft_ms": round(median([s.ttft for s in samples]) * 1e3, 1),
-        "tpot_ms": round(median([s.tpot for s in samples]) * 1e3, 2),
-        "tokens_per_s": round(median([s.rate for s in samples]), 1),
-    }
 
 
 async def measure(args: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any], list[Bar]]:
