@@ -1,6 +1,7 @@
 """Run every bench that has bars and print one table; exits 1 when a bar does not hold.
 
-Needs about a quarter of an hour and nothing else running. The benches' checkpoint is made in a temporary directory.
+Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments
+go to peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE.
 """
 
 import json
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 BENCH = Path(__file__).parent
+SCRIPTS = ("decode.py", "prefill.py", "pauses.py", "monolith.py", "idle.py", "memory.py")
 
 
 def run(script: str, *args: str) -> dict[str, Any]:
@@ -24,19 +26,20 @@ def run(script: str, *args: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def all_bars(scratch: Path) -> list[dict[str, Any]]:
-    """The bars of every bench, each with its bench's name."""
+def all_bars(scratch: Path, peers: list[str]) -> list[dict[str, Any]]:
+    """The bars of every bench, each with its bench's name; ``peers``: arguments of peers.py."""
     from shared.models.presets import make_checkpoint
 
     model = scratch / "bench-1b"
     make_checkpoint("bench-1b", model)
-    results = [run(script, "--model", str(model), "--json") for script in ("decode.py", "pauses.py", "monolith.py")]
+    results = [run("peers.py", "--model", str(model), "--json", *peers)]
+    results += [run(script, "--model", str(model), "--json") for script in SCRIPTS]
     return [{"bench": result["bench"], **bar} for result in results for bar in result["bars"]]
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="moemesh-bars-") as scratch:
-        bars = all_bars(Path(scratch))
+        bars = all_bars(Path(scratch), sys.argv[1:])
     table = Table("bench", "measure", "value", "bar", "ok")
     for bar in bars:
         sign = "<=" if bar["at_most"] else ">="

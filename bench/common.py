@@ -4,7 +4,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -113,14 +113,18 @@ def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     return np.random.default_rng(seed).integers(1, vocab, (batch, length)).tolist()
 
 
-async def run_mesh(url: str, ids: list[list[int]], output: int) -> Sample:
-    """All prompts at once as separate streams."""
+Ask = Callable[[httpx.AsyncClient, str, list[int], int], Awaitable[Stream]]
+"""One greedy streamed completion: (client, URL of the server, token ids, output tokens)."""
+
+
+async def run_mesh(url: str, ids: list[list[int]], output: int, ask: Ask = stream_tokens) -> Sample:
+    """All prompts at once as separate streams; ``ask`` speaks to servers whose API is not the mesh's."""
     limits = httpx.Limits(max_connections=len(ids))
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         start = time.perf_counter()
-        streams = await asyncio.gather(*(stream_tokens(client, url, p, output) for p in ids))
+        streams = await asyncio.gather(*(ask(client, url, p, output) for p in ids))
         spent = time.perf_counter() - start
-    assert all(len(s.tokens) == output for s in streams), [len(s.tokens) for s in streams]
+    assert all(len(s.arrivals) == output for s in streams), [len(s.arrivals) for s in streams]
     return Sample(median([s.ttft for s in streams]), median([s.tpot for s in streams]), len(ids) * output / spent)
 
 
