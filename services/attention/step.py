@@ -174,7 +174,6 @@ class ModelRunner:
         began = time.monotonic()
         program.do(partial(decoder.attend, layer.index, x, step, self._cache, rows))
         self._pace.attention(began, step.positions)
-        self._pace.attention(began, step.positions)
         if layer.moe:
             batch.handle = self._exchange.dispatch(layer.index, rows, batch.trace)
             batch.shared = partial(decoder.shared, layer.index, rows, x)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from shared.device_profile import DeviceProfile, attention_seconds, experts_seconds
-from shared.pace import UNPACED, Pacer
+from shared.pace import UNPACED, Pacer, Unpaced
+from tests.unit.toy_engine import ToyEngine
 
 PROFILE = DeviceProfile(
     "test", attention_row_s=0.01, attention_position_s=0.001, shared_s=0.002, experts_s=0.1, expert_s=0.01, head_s=0.5
@@ -80,6 +81,32 @@ def test_work_without_a_time_in_the_profile_takes_its_own(clock: Clock):
     pacer.experts(100.0, np.array([1], np.int32))
     assert clock.now == 100.1
     assert (pacer.modelled, pacer.late) == (0.0, 0.0)
+
+
+class Recorder(Unpaced):
+    """Writes down what the engine paces."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def attention(self, began: float, positions: torch.Tensor) -> None:
+        self.calls.append(("attention", len(positions)))
+
+    def shared(self, began: float, rows: int) -> None:
+        self.calls.append(("shared", rows))
+
+    def head(self, began: float, rows: int) -> None:
+        self.calls.append(("head", rows))
+
+
+def test_a_step_paces_each_layer_of_each_micro_batch_once_and_the_head_once():
+    whole, split = Recorder(), Recorder()
+    ToyEngine(pace=whole).run("x", [1, 2, 3, 4, 5], max_tokens=1)
+    ToyEngine(pace=split, micro_batches=2).run("x", [1, 2, 3, 4, 5], max_tokens=1)
+    assert sorted(whole.calls) == [("attention", 5)] * 3 + [("head", 1)] + [("shared", 5)] * 2
+    assert sorted(split.calls) == sorted(
+        [("attention", 2), ("attention", 3)] * 3 + [("shared", 2), ("shared", 3)] * 2 + [("head", 1)]
+    )
 
 
 def test_metrics_say_paced_and_by_what_and_an_unpaced_instance_says_nothing(pacer: Pacer):

@@ -21,6 +21,7 @@ from shared.errors import ExchangeUnavailable
 from shared.kernels.reference import ReferenceKernels
 from shared.messages import SamplingParams, Submit, TokenDelta
 from shared.models.decoder import KvCache
+from shared.pace import UNPACED, Pace
 
 VOCAB = 50
 PRIME = 1_000_003
@@ -129,7 +130,14 @@ class ToyEngine:
     """The real engine with toy parts, a clock that is set by hand and a gateway that remembers."""
 
     def __init__(
-        self, poison=(), no_home_deadline=30.0, emit: Any = None, record: Any = ignore, micro_batches=1, **limits
+        self,
+        poison=(),
+        no_home_deadline=30.0,
+        emit: Any = None,
+        record: Any = ignore,
+        micro_batches=1,
+        pace: Pace = UNPACED,
+        **limits,
     ):
         defaults: dict[str, Any] = {
             "max_model_len": 200, "max_num_seqs": 8, "max_batched_tokens": 16, "max_waiting": 1000,
@@ -142,8 +150,9 @@ class ToyEngine:
         self.batcher = Batcher(self.limits, self.pool)
         decoder: Any = ToyDecoder(self.limits.block_size, poison)
         cache = decoder.new_cache(self.limits.kv_blocks)
-        micro_batching = MicroBatching(micro_batches)
-        runner = ModelRunner(decoder, cache, self.exchange, self.limits.block_size, micro_batching=micro_batching)
+        runner = ModelRunner(
+            decoder, cache, self.exchange, self.limits.block_size, False, MicroBatching(micro_batches), pace
+        )
         self.engine = Engine(
             runner, self.exchange, self.batcher, emit or self._emit, no_home_deadline, lambda: self.now, record
         )
