@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import os
 import shutil
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from common import Bar, Sample, median, medians, prompts, report, run_mesh
 from peer_servers import Server, llama, vllm
 
 from shared.cli.mesh import LocalMesh, MeshOptions
+from shared.cli.owned import owned_directory
 
 LEAST = {"vLLM": {1: 1.6, 8: 1.7, 32: 2.0}, "llama.cpp": {1: 0.85, 8: 0.95, 32: 1.5}}
 """Project -> batch -> lowest acceptable ratio of tokens/s."""
@@ -68,21 +68,21 @@ async def compare(
         ours.append(await run_mesh(url, ids, args.output))
         for server in chosen:
             theirs[server.project].append(await ask(server, ids, args.output))
-    row = {"batch": batch, "mesh": medians(ours)}
-    row |= {s.project: {**medians(theirs[s.project]), "variant": s.variant} for s in chosen}
+    row: dict[str, Any] = {"batch": batch, "mesh": medians(ours)}
+    bars = []
+    for server in chosen:
+        name, samples = server.project, theirs[server.project]
+        ratio = median([a.rate / b.rate for a, b in zip(ours, samples, strict=True)])
+        row[name] = {**medians(samples), "variant": server.variant, "ratio": round(ratio, 3)}
+        if batch in LEAST[name]:
+            bars.append(Bar(f"mesh / {name}, tokens/s, batch {batch}", ratio, LEAST[name][batch]))
     print(row, flush=True)
-    ratios = {
-        name: median([a.rate / b.rate for a, b in zip(ours, samples, strict=True)]) for name, samples in theirs.items()
-    }
-    bars = [
-        Bar(f"mesh / {name}, tokens/s, batch {batch}", r, LEAST[name].get(batch, 0.0)) for name, r in ratios.items()
-    ]
     return row, bars
 
 
 async def measure(args: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Any], list[Bar]]:
     """Every batch size on one mesh, beside servers that ``stack`` ends."""
-    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moemesh-peers-")))
+    scratch = stack.enter_context(owned_directory("moemesh-peers-"))
     servers = wanted(args, scratch)
     for server in servers:
         stack.callback(server.stop)
