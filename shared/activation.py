@@ -94,9 +94,9 @@ def plan_exchange(
     ids: NDArray[np.int32], weights: NDArray[np.float32], homes: NDArray[np.uint64], live: int, instance: int
 ) -> tuple[Parts, int]:
     """``choose_replicas``, then ``own_parts`` of ``instance`` and ``exchange_digest``, in one compiled call."""
-    code, digest, *parts = _plan(ids, weights, homes, np.uint64(live), instance)
+    code, digest, tokens, experts, own = _plan(ids, weights, homes, np.uint64(live), instance)
     _refuse(code, len(homes))
-    return Parts(*parts), int(digest)
+    return Parts(tokens, experts, own), int(digest)
 
 
 def own_parts(

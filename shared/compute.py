@@ -21,7 +21,7 @@ from shared.errors import ConfigError
 from shared.kernels.threads import thread_environment
 from shared.lifecycle import Instance, run
 from shared.messages import Kind
-from shared.priority import yield_to_others
+from shared.priority import let_senders_finish, yield_to_others
 
 if TYPE_CHECKING:  # torch and numba read an environment that `run_compute` has to set first
     import torch
@@ -73,10 +73,13 @@ class ComputeSide:
         from shared.activation import longest_frame
         from shared.pace import UNPACED, Pacer, sleep_exactly
         from shared.transport.paced import PacedTransport
-        from shared.transport.ucx import UcxTransport
+        from shared.transport.ucx import SPIN_US, UcxTransport
 
         spec = self.checkpoint.spec
-        make = partial(UcxTransport, longest_frame(rows, spec.router.top_k, spec.hidden), self.device, tls)
+        longest = longest_frame(rows, spec.router.top_k, spec.hidden)
+        # CPUs take longer than any polling lasts, and in EEVDF who yields a core forfeits its place in the queue.
+        spin_us = 0.0 if self.device.type == "cpu" else SPIN_US
+        make = partial(UcxTransport, longest, self.device, tls, spin_us=spin_us)
         if self.profile is None:
             return make(), UNPACED
         sleep_exactly()
@@ -110,6 +113,8 @@ async def _open(
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, "compute")
     await loop.run_in_executor(executor, _settle, parse_cores("--cores", config.cores), threads)
+    if isinstance(config, ExpertsConfig):
+        await loop.run_in_executor(executor, let_senders_finish)
     yield_to_others(threading.get_native_id())
     await instance.say("opening the model")
     checkpoint = await loop.run_in_executor(executor, open_checkpoint, config.model)
@@ -132,8 +137,6 @@ def _settle(cores: set[int], threads: int) -> None:
         raise ConfigError("--cores", f"{sorted(cores)}: this process may not run there") from error
     if len(cores) == threads > 1:
         pin_team(sorted(cores))
-    if os.environ.get("MM_BATCH") == "1" and threads == 1:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def run_compute(

@@ -7,6 +7,15 @@ CONTROL_NICENESS = 10
 """Of what speaks HTTP and NATS: it must not take a core from compute threads in the middle of a layer."""
 
 
+def let_senders_finish() -> None:
+    """A frame that wakes this thread does not take the core from its sender, which may have more to send.
+
+    The sender goes on until it waits itself. Threads that are started from now on inherit it (Linux: SCHED_BATCH).
+    """
+    with suppress(AttributeError, PermissionError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def yield_to_others(number: int, niceness: int = CONTROL_NICENESS) -> None:
     """Lower the priority of a process or thread of ours by ``niceness``; one that has ended is ignored."""
     with suppress(ProcessLookupError):

@@ -197,14 +197,14 @@ def threads_for(name: str, options: MeshOptions, cores: int) -> int:
 
 
 def cores_for(name: str, options: MeshOptions, cores: list[int]) -> str:
-    """Where a process's compute threads run: each expert instance on its share, so that they never queue for one core.
+    """Where a process's compute threads run: each instance of a pool on its share, so that none queues for a core.
 
-    They all start at the same moment, while the attention instance still holds a core: the kernel would place two of
-    them on the other one.
+    Expert instances all start at the same moment, while the attention instance still holds a core: the kernel would
+    place two of them on the other one. A thread of attention would start where an expert instance is still polling.
     """
     kind, _, number = name.partition("-")
     instances = {"attention": options.attention, "experts": options.experts}.get(kind)
-    if not instances or (kind == "attention" and os.environ.get("MM_NOPIN")):
+    if not instances:
         return ""
     share = max(1, len(cores) // instances)
     first = int(number) * share % len(cores)

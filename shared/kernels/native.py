@@ -21,7 +21,7 @@ NUMBERS, FRACTIONS = 28, 2
 """Most whole numbers and floating-point numbers that a kernel may take."""
 CALL = np.dtype([("function", "<i8"), ("refuses", "<i8"), ("numbers", "<i8", NUMBERS), ("fractions", "<f8", FRACTIONS)])
 """One call: the function's address, whether its result says that it refuses its input, and its arguments."""
-_SIZE, _NUMBERS_AT, _FRACTIONS_AT = CALL.itemsize, CALL.fields["numbers"][1], CALL.fields["fractions"][1]
+_SIZE, _NUMBERS_AT, _FRACTIONS_AT = CALL.itemsize, 16, 16 + 8 * NUMBERS
 
 
 def encode(function: Any, arguments: tuple[Any, ...]) -> NDArray[Any]:

@@ -27,6 +27,7 @@ SURVIVE_DEAD_PEERS = {"SYSV_ERROR_HANDLING": "y", "POSIX_ERROR_HANDLING": "y", "
 """Lets endpoints with error handling use shared memory and CMA. Without error handling UCX aborts the process when it
 reads the memory of a peer that has just died."""
 POSTED_RECEIVES = 4
+SPIN_US = 100.0
 BUSY_SLEEP_S = 0.001
 IDLE_SLEEP_S = 0.1
 CLOSING_ROUNDS = 20
@@ -55,7 +56,7 @@ class UcxTransport:
         device: torch.device | None = None,
         tls: str = "",
         receive_slots: int = 256,
-        spin_us: float = 100.0,
+        spin_us: float = SPIN_US,
         nap_s: float = BUSY_SLEEP_S,
         rows_apart: bool | None = None,
     ) -> None:

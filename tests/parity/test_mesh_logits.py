@@ -76,7 +76,7 @@ def sequences(prompts: list[list[int]]) -> list[Sequence]:
 def all_logits(runner: ModelRunner, chunks: list[Chunk]) -> list[Tensor]:
     """One step through the mesh: logits [count, vocab] of every row, by chunk."""
     done = runner.forward(chunks)
-    rows = np.arange(len(done.x), dtype=np.int64)
+    rows = np.arange(sum(chunk.count for chunk in chunks), dtype=np.int64)
     logits = torch.cat([torch.from_numpy(part.copy()) for _, part in runner.logits_of(done, rows)])
     return list(logits.split([chunk.count for chunk in chunks]))
 

@@ -8,7 +8,7 @@ from shared.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("experts", "cores", "expected"),
+    ("count", "cores", "expected"),
     [
         (2, [0, 1], ["0", "1"]),
         (1, [0, 1], ["0,1"]),
@@ -16,10 +16,13 @@ from shared.errors import ConfigError
         (2, [0, 1, 2, 3, 8], ["0,1", "2,3"]),
     ],
 )
-def test_expert_instances_share_the_cores_and_others_may_use_any(experts: int, cores: list[int], expected: list[str]):
-    options = MeshOptions(experts=experts)
-    assert [cores_for(f"experts-{i}", options, cores) for i in range(experts)] == expected
-    assert cores_for("attention-0", options, cores) == cores_for("gateway-0", options, cores) == ""
+@pytest.mark.parametrize("kind", ["experts", "attention"])
+def test_instances_of_a_pool_share_the_cores_and_others_may_use_any(
+    kind: str, count: int, cores: list[int], expected: list[str]
+):
+    options = MeshOptions(experts=count, attention=count)
+    assert [cores_for(f"{kind}-{i}", options, cores) for i in range(count)] == expected
+    assert cores_for("gateway-0", options, cores) == ""
 
 
 @pytest.mark.parametrize(("text", "expected"), [("", set()), ("3", {3}), ("0,2-4, 7", {0, 2, 3, 4, 7})])
