@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import Bar, Sample, median, medians, prompts, report, run_mesh
+from common import Bar, Sample, median, medians, prompts, refuse_paced, report, run_mesh
 from peer_servers import Server, llama, vllm
 
 from shared.cli.mesh import LocalMesh, MeshOptions
@@ -92,6 +92,7 @@ async def measure(args: argparse.Namespace, stack: ExitStack) -> tuple[dict[str,
     rows, bars = [], []
     if servers:
         async with LocalMesh(options) as mesh:
+            await refuse_paced(mesh)
             for batch in args.batch:
                 row, more = await compare(mesh.url, servers, batch, args)
                 rows.append(row)

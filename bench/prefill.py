@@ -12,7 +12,7 @@ import asyncio
 from typing import Any
 
 import torch
-from common import Bar, median, prompts, report, run_mesh
+from common import Bar, median, prompts, refuse_paced, report, run_mesh
 from transformers_peer import fastest, load_peers
 
 from shared.cli.mesh import LocalMesh, MeshOptions
@@ -30,6 +30,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     options = MeshOptions(model=args.model, attention=1, experts=2, port=0, mesh="bench", settings=settings)
     ours, theirs = [], []
     async with LocalMesh(options) as mesh:
+        await refuse_paced(mesh)
         for _ in range(WARM):
             await run_mesh(mesh.url, ids, 1)
         for _ in range(args.repeats):
