@@ -232,7 +232,7 @@ def _plan(ids, weights, homes, live, instance):  # noqa: ANN001, ANN202
     replicas = np.empty_like(ids)
     code = _choose(ids, homes, live, replicas)
     if code != -1:
-        replicas[:] = -1
+        ids, replicas = ids[:0], replicas[:0]
     tokens, experts, own = _own(ids, replicas, weights, instance)
     return code, _digest(ids, replicas), tokens, experts, own
 

@@ -112,9 +112,9 @@ async def _open(
 
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, "compute")
-    await loop.run_in_executor(executor, _settle, parse_cores("--cores", config.cores), threads)
     if isinstance(config, ExpertsConfig):
-        await loop.run_in_executor(executor, let_senders_finish)
+        await loop.run_in_executor(executor, let_senders_finish)  # before it starts other threads
+    await loop.run_in_executor(executor, _settle, parse_cores("--cores", config.cores), threads)
     yield_to_others(threading.get_native_id())
     await instance.say("opening the model")
     checkpoint = await loop.run_in_executor(executor, open_checkpoint, config.model)

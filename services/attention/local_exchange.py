@@ -1,7 +1,7 @@
 """The exchange of a monolith: every expert is in this process, so nothing is sent and nothing can be late.
 
-The same gate, kernels and order of sums as in a mesh (shared/models/local.py), hence the same bits. Not recorded like
-the rest of a step, for experts in a mesh are not either; and no spans of exchanges, for there are none.
+The same gate, kernels and order of sums as in a mesh (shared/models/local.py), hence the same bits. As in a mesh, only
+the gate's kernels are recorded; and no spans of exchanges, for there are none.
 """
 
 import threading

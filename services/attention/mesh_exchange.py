@@ -219,7 +219,7 @@ class MeshExchange:
         if not gone:
             return
         if not self._targets.asked(pending.layer):
-            pending.problem = "gone, and some experts have no other home"
+            pending.problem = "gone or silent, and some experts have no other home"
             raise self._unavailable(pending, gone)
         self._again(pending, gone, "connection")
 

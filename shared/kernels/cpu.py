@@ -86,7 +86,7 @@ class CpuKernels(RowKernels):
         self._parts = amx.MOST_PARTS if precise else 1
         way = ("on AMX tiles, rows " + ("as they are" if precise else "rounded to bf16")) if self.tiles else "in fp32"
         log.info("bf16 weights are multiplied %s", way)
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(1)  # it only copies; a second team of threads would queue for the cores of ours
         directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         compile_once(Path(directory) if directory else None, self.compile)
 

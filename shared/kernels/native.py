@@ -1,9 +1,9 @@
 """Compiled kernels called one after the other without the interpreter.
 
 The calling convention is numba's own for functions that were compiled with ``jit.kernel``: where the result goes, where
-an exception would go, then the arguments with tuples flattened. On the processors that numba supports whole numbers and
-floating-point numbers are passed in registers of their own, and what is passed beyond the last argument is not looked
-at: so one way to call serves all kernels.
+an exception would go, then the arguments with tuples flattened; what is returned is above zero when there was one. On
+Linux, on x86-64 and on 64-bit Arm, whole and floating-point numbers are passed in registers of their own, and what is
+passed beyond the last argument is not looked at: so one way to call serves all kernels.
 """
 # ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import typeof, types
+from numba.core import cgutils
 from numpy.typing import NDArray
 
 from shared.kernels.jit import I64, intrinsic, kernel, view1
@@ -21,6 +22,8 @@ NUMBERS, FRACTIONS = 28, 2
 """Most whole numbers and floating-point numbers that a kernel may take."""
 CALL = np.dtype([("function", "<i8"), ("refuses", "<i8"), ("numbers", "<i8", NUMBERS), ("fractions", "<f8", FRACTIONS)])
 """One call: the function's address, whether its result says that it refuses its input, and its arguments."""
+FAILED = -(1 << 62)
+"""Instead of a result: the kernel raised, for want of memory."""
 _SIZE, _NUMBERS_AT, _FRACTIONS_AT = CALL.itemsize, 16, 16 + 8 * NUMBERS
 
 
@@ -49,11 +52,11 @@ def _whole(argument: Any) -> Iterable[int]:
 
 @intrinsic
 def _call(typing_context, function, numbers, fractions):
-    """Call the function at an address with arguments at two others; returns what it wrote as its result."""
+    """Call the function at an address with arguments at two others; returns what it wrote as its result, or FAILED."""
 
     def codegen(context, builder, signature, args):
         integer, double = ir.IntType(64), ir.DoubleType()
-        result, trouble = builder.alloca(integer), builder.alloca(integer)
+        result, trouble = (cgutils.alloca_once(builder, integer) for _ in range(2))
         builder.store(ir.Constant(integer, 0), result)
 
         def loaded(kind, address, count):
@@ -62,8 +65,9 @@ def _call(typing_context, function, numbers, fractions):
 
         values = [result, trouble, *loaded(integer, args[1], NUMBERS), *loaded(double, args[2], FRACTIONS)]
         shape = ir.FunctionType(ir.IntType(32), [value.type for value in values])
-        builder.call(builder.inttoptr(args[0], shape.as_pointer()), values)
-        return builder.load(result)
+        status = builder.call(builder.inttoptr(args[0], shape.as_pointer()), values)
+        failed = builder.icmp_signed(">", status, ir.Constant(ir.IntType(32), 0))
+        return builder.select(failed, ir.Constant(integer, FAILED), builder.load(result))
 
     return types.int64(types.int64, types.int64, types.int64), codegen
 
@@ -75,6 +79,6 @@ def play(calls, count):
         at = calls + i * _SIZE
         header = view1(at, 2, I64)
         result = _call(header[0], at + _NUMBERS_AT, at + _FRACTIONS_AT)
-        if header[1] and not result & 255:
+        if result == FAILED or (header[1] and not result & 255):
             return i
     return -1

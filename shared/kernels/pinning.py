@@ -14,10 +14,13 @@ _MASK_WORDS = 16
 
 
 def pin_team(cores: Sequence[int]) -> None:
-    """Keep thread i of the calling thread's team on ``cores[i]``; needs as many threads as cores.
+    """Keep each thread of the calling thread's team, which has as many as there are ``cores``, on one of them.
 
-    Linux only; a core that this process may not use leaves the thread where it was.
+    Linux only; a core that this process may not use leaves the thread where it was. Nothing is done when the
+    environment allows fewer threads.
     """
+    if len(cores) > numba.config.NUMBA_NUM_THREADS:  # type: ignore[attr-defined]
+        return
     masks = np.zeros((len(cores), _MASK_WORDS), np.uint64)
     for mask, core in zip(masks, cores, strict=True):
         mask[core // 64] = 1 << core % 64

@@ -38,7 +38,7 @@ class Recording(Generic[T]):
         """Carry the calls out. Raises ValueError when a kernel refuses its input."""
         refused = native.play(self._address, len(self._names))
         if refused >= 0:
-            raise ValueError(f"{self._names[refused]} refused its input: an index is out of range")
+            raise ValueError(f"{self._names[refused]} refused its input (an index is out of range) or had no memory")
         return self._result
 
 

@@ -55,8 +55,8 @@ class MoeLayer:
         self._checkpoint, self._kernels, self._device, self._dtype = checkpoint, kernels, device, dtype
         self._gate = {role: checkpoint.load(role, layer, 0, device, dtype) for role in router_roles(checkpoint.spec)}
         self._scratch = Scratch(device)
-        self._recorded: dict[int, tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]] = {}
-        """By number of rows: where they go, and how they are routed."""
+        self._recorded: dict[tuple[int, torch.dtype], tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]] = {}
+        """By number and dtype of rows: where they go, and how they are routed."""
         self._experts: dict[int, list[Weight]] = {}
         self._table: ExpertTable | None = None
         self.nbytes = 0
@@ -81,10 +81,11 @@ class MoeLayer:
         """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k]), valid until the next call."""
         if len(rows) > RECORDED_ROWS:
             return self._route(rows)
-        if len(rows) not in self._recorded:
+        key = len(rows), rows.dtype
+        if key not in self._recorded:
             room = self._scratch.rows("gated", len(rows), self.spec.hidden, rows.dtype)
-            self._recorded[len(rows)] = room, self._kernels.record(partial(self._route, room))
-        room, route = self._recorded[len(rows)]
+            self._recorded[key] = room, self._kernels.record(partial(self._route, room))
+        room, route = self._recorded[key]
         room.copy_(rows)
         return route()
 
