@@ -39,7 +39,7 @@ PROFILE = {
     "name": "synthetic-even",
     "about": "synthetic: attention and experts take about equally long at 8 rows",
     "attention_row_s": 3.0e-3,
-    "expert_s": 2.0e-3,
+    "expert_s": 4.0e-3,
     "link_latency_s": 2.0e-3,
 }
 FASTER, HIDDEN = 1.5, 0.8
