@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from common import Bar, median, prompts, report, stream_tokens
+from common import Bar, median, prompts, refuse_paced, report, stream_tokens
 from processes import cpu_seconds, services
 
 from shared.cli.mesh import LocalMesh, MeshOptions
@@ -62,6 +62,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     prompt = prompts(1, args.prompt, args.vocab, seed=1)[0]
     samples = []
     async with LocalMesh(options) as mesh:
+        await refuse_paced(mesh)
         await first_token_ms(mesh.url, prompt)
         for _ in range(args.repeats):
             samples.append(await repeat(mesh, prompt, args.idle))

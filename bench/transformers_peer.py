@@ -74,6 +74,7 @@ def fastest(peers: list[Peer], ids: list[list[int]], output: int) -> Peer:
         if peer.experts == "batched_mm" and gathered_bytes(peer.model, sum(map(len, ids))) > GATHERED_MAX:
             continue
         try:
+            peer.generate(torch.tensor(ids), PROBE_TOKENS)  # the first of a dtype pays for what is done once
             sample = peer.generate(torch.tensor(ids), PROBE_TOKENS)
         except (RuntimeError, NotImplementedError) as error:
             print(f"transformers {peer.dtype} {peer.experts}: {str(error)[:80]}")
