@@ -26,6 +26,7 @@ from shared.priority import let_senders_finish, yield_to_others
 if TYPE_CHECKING:  # torch and numba read an environment that `run_compute` has to set first
     import torch
 
+    from shared.keep_awake import KeepAwake
     from shared.models.loader import Checkpoint
     from shared.pace import Pace
     from shared.transport.base import Transport
@@ -47,6 +48,8 @@ class ComputeSide:
     checkpoint: "Checkpoint"
     profile: DeviceProfile | None
     """Whose times this instance keeps; None: its own."""
+    busy_cores: frozenset[int]
+    """Cores that are kept from halting while there is work."""
     _executor: Executor
     _loop: asyncio.AbstractEventLoop
 
@@ -86,6 +89,12 @@ class ComputeSide:
         paced = PacedTransport(make(nap_s=PACED_NAP_S), self.profile)
         return paced, Pacer(self.profile if spec.shared_hidden else self.profile.without_shared(), paced.wait_until)
 
+    def keep_awake(self) -> "KeepAwake":
+        """Started in the compute thread, which closes it."""
+        from shared.keep_awake import BusyCores, LetHalt
+
+        return BusyCores(self.busy_cores) if self.busy_cores else LetHalt()
+
 
 @asynccontextmanager
 async def compute_side(kind: Kind, config: AttentionConfig | ExpertsConfig, threads: int) -> AsyncIterator[ComputeSide]:
@@ -119,7 +128,9 @@ async def _open(
     await instance.say("opening the model")
     checkpoint = await loop.run_in_executor(executor, open_checkpoint, config.model)
     await instance.join(checkpoint.facts())
-    return ComputeSide(instance, torch.device(device), threads, checkpoint, profile, executor, loop)
+    where, cores = torch.device(device), parse_cores("--cores", config.cores) or os.sched_getaffinity(0)
+    busy = frozenset(cores if config.keep_awake and where.type == "cpu" and profile is None else ())
+    return ComputeSide(instance, where, threads, checkpoint, profile, busy, executor, loop)
 
 
 def _settle(cores: set[int], threads: int) -> None:

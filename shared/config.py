@@ -32,6 +32,7 @@ class MeshConfig:
     model: str = setting("", "checkpoint directory or hub id; empty: the embedded demo model")
     device: str = setting("auto", "torch device: auto, cpu, cuda, cuda:1")
     threads: int = setting(0, "compute threads; 0: all cores")
+    keep_awake: bool = setting(False, "keep cores from halting during a step; pools that share cores: one session")
     cores: str = setting("", "cores of the compute threads, e.g. 0,2-3; empty: whichever is free")
     metrics_host: str = setting("127.0.0.1", "address of the HTTP side (/metrics, /health, /ready)")
     metrics_port: int = setting(0, "port of the HTTP side; 0: any free port")

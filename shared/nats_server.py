@@ -110,13 +110,13 @@ class NatsServer:
         setpriv = shutil.which("setpriv")  # util-linux; without it a server may outlive a parent that was killed
         follow_parent = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
         with self.log_file.open("wb") as log:
-            # A session of its own: Ctrl-C in the terminal must reach the services first, they still need NATS.
+            # A group of its own: Ctrl-C in the terminal must reach the services first, they still need NATS.
             return subprocess.Popen(
                 [*follow_parent, binary, "-a", self.host, "-p", port, "-js", *files],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                process_group=0,
             )
 
     def _last_lines(self) -> str:

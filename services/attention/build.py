@@ -20,6 +20,7 @@ from services.attention.sizing import context_length, plan_limits
 from services.attention.step import ModelRunner
 from shared.compute import ComputeSide
 from shared.config import AttentionConfig
+from shared.keep_awake import KeepAwake
 from shared.kernels.base import Kernels, select_kernels
 from shared.models.decoder import Decoder
 from shared.models.local import LocalExperts
@@ -35,10 +36,11 @@ class Built:
     exchange: Exchange
     limits: Limits
     pace: Pace
+    awake: KeepAwake
 
     def run(self) -> None:
         """The compute thread's work until ``engine.stop``."""
-        with closing(self.exchange):
+        with closing(self.exchange), closing(self.awake):
             self.engine.run()
 
 
@@ -60,8 +62,9 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
         exchange.warm_up(spec.moe_layers[0], runner.warm_up())
         sampler.warm_up()
     batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size, config.prefix_cache))
-    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=side.instance.telemetry.record)
-    return Built(engine, exchange, limits, pace)
+    awake, record = side.keep_awake(), side.instance.telemetry.record
+    engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=record, awake=awake)
+    return Built(engine, exchange, limits, pace, awake)
 
 
 def make_exchange(

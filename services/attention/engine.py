@@ -23,6 +23,7 @@ from services.attention.sequence import Trace
 from services.attention.stats import EngineStats
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
+from shared.keep_awake import KeepAwake, LetHalt
 from shared.messages import Ack, Decision, RefusalCode, Submit, TokenDelta
 from shared.metrics import Buckets
 from shared.telemetry import NO_TRACE
@@ -46,6 +47,7 @@ class Engine:
         no_home_deadline: seconds that requests wait while experts do not answer.
         clock: monotonic seconds.
         record: gets the spans of traced requests, in the compute thread.
+        awake: held while there are steps to compute.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Engine:
         no_home_deadline: float,
         clock: Callable[[], float] = time.monotonic,
         record: Record = ignore,
+        awake: KeepAwake | None = None,
     ) -> None:
         self._runner = runner
         self._exchange = exchange
@@ -64,6 +67,7 @@ class Engine:
         self._emit = emit
         self._no_home_deadline = no_home_deadline
         self._clock = clock
+        self._awake = awake or LetHalt()
         self.desk = Desk(batcher.limits)
         self._phases = Phases(record)
         self._requests = Requests(batcher, self.desk, self._phases)
@@ -132,6 +136,7 @@ class Engine:
         with torch.inference_mode():
             while not self._stopping:
                 if not self.turn() and self._commands.empty():
+                    self._awake.release()
                     self._exchange.idle_wait(STALLED_WAIT_S if self._requests.active else IDLE_WAIT_S)
 
     def turn(self) -> bool:
@@ -202,6 +207,7 @@ class Engine:
         chunks = self._batcher.next_step()
         if not chunks:
             return False
+        self._awake.hold()
         try:
             self._step(chunks)
         except ExchangeUnavailable as error:

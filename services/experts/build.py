@@ -16,6 +16,7 @@ from services.experts.store import ExpertStore
 from shared.activation import PARTS, write_parts
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig
+from shared.keep_awake import KeepAwake
 from shared.kernels.base import select_kernels
 from shared.models.moe import MoeLayer, compute_parts
 from shared.models.precision import choose_precision
@@ -32,10 +33,11 @@ class Built:
     store: ExpertStore
     transport: Transport
     pace: Pace
+    awake: KeepAwake
 
     def run(self) -> None:
         """The compute thread's work until ``server.stop``."""
-        with closing(self.transport), torch.inference_mode():
+        with closing(self.transport), closing(self.awake), torch.inference_mode():
             self.server.run()
 
 
@@ -51,6 +53,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
     with torch.inference_mode():
         warm_up(make(spec.moe_layers[0]), spec, device, dtype)
     transport, pace = side.data_plane(config.max_batched_tokens, config.ucx_tls)
+    awake = side.keep_awake()
     server = ExpertServer(
         transport,
         layers,
@@ -59,6 +62,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         incarnation=side.instance.incarnation,
         record=record,
         pace=pace,
+        awake=awake,
     )
     store = ExpertStore(
         layers,
@@ -67,7 +71,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         digest=checkpoint.digest,
         experts=spec.router.experts,
     )
-    return Built(server, store, transport, pace)
+    return Built(server, store, transport, pace, awake)
 
 
 def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:

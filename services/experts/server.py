@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from services.experts.compute import Plan, plan_parts
 from shared.activation import PARTS, NoLiveHome, layer_homes, write_parts
 from shared.errors import TransportError
+from shared.keep_awake import KeepAwake, LetHalt
 from shared.messages import Placement
 from shared.models.moe import ExpertLayer, compute_parts
 from shared.pace import UNPACED, Pace
@@ -86,6 +87,7 @@ class ExpertServer:
         incarnation: of this process.
         record: see ``Record``.
         pace: how long an exchange takes at least.
+        awake: held while exchanges arrive.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class ExpertServer:
         incarnation: int,
         record: Record | None = None,
         pace: Pace = UNPACED,
+        awake: KeepAwake | None = None,
     ) -> None:
         self._transport = transport
         self._layers = layers
@@ -105,6 +108,7 @@ class ExpertServer:
         self._mesh, self._incarnation = mesh, incarnation
         self._record = record
         self._pace = pace
+        self._awake = awake or LetHalt()
         self._row_of = {layer: row for row, layer in enumerate(sorted(layers))}
         self._placements: dict[int, KnownPlacement] = {}  # by version; a new epoch may write it again, unchanged
         self._peers: dict[int, tuple[bytes, Peer]] = {}  # by incarnation
@@ -156,7 +160,10 @@ class ExpertServer:
         while not self._stopped.is_set():
             self._obey()
             incoming = self._transport.receive(IDLE_S, busy=self.idle_for() < BUSY_S)
-            if incoming is not None:
+            if incoming is None:
+                self._awake.release()
+            else:
+                self._awake.hold()
                 self._take(incoming)
         self._obey()
 

@@ -57,7 +57,7 @@ class Child:
             stdout=DEVNULL,
             stderr=PIPE,
             env=dict(self.environ),
-            start_new_session=True,
+            process_group=0,  # not a session: priorities count only among processes of one session
         )
         if self.niceness:
             yield_to_others(self.process.pid, self.niceness)

@@ -123,6 +123,8 @@ class LocalMesh:
             ours.setdefault("threads", str(threads_for(name, options, cores())))
         if "MOEMESH_CORES" not in os.environ:
             ours.setdefault("cores", cores_for(name, options, sorted(os.sched_getaffinity(0))))
+        if "MOEMESH_KEEP_AWAKE" not in os.environ and name.startswith("attention"):
+            ours.setdefault("keep_awake", "true")  # on all cores: expert instances share them
         variables = {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
         local = {} if self.options.nats else {"UCX_NET_DEVICES": "lo"}  # nobody elsewhere can be part of this mesh
         return local | dict(os.environ) | variables

@@ -28,7 +28,8 @@ SURVIVE_DEAD_PEERS = {"SYSV_ERROR_HANDLING": "y", "POSIX_ERROR_HANDLING": "y", "
 reads the memory of a peer that has just died."""
 POSTED_RECEIVES = 4
 SPIN_US = 100.0
-BUSY_SLEEP_S = 0.001
+BUSY_SLEEP_S = 0.005
+"""Bounds the sleeps of a busy ``receive``. Each turn takes 0.1 ms of a core on which an expert instance may compute."""
 IDLE_SLEEP_S = 0.1
 CLOSING_ROUNDS = 20
 """Turns of progress in which living peers learn that an endpoint is closed."""

@@ -31,6 +31,12 @@ def test_the_seed_decides_the_bytes(tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_tensors_begin_at_cache_lines(tmp_path):
+    make_checkpoint("tiny-qwen3", tmp_path / "m")
+    file = (tmp_path / "m" / "model.safetensors").read_bytes()
+    assert (8 + int.from_bytes(file[:8], "little")) % 64 == 0
+
+
 def test_overrides_change_the_shapes(tmp_path):
     make_checkpoint("tiny-qwen3", tmp_path / "m", num_local_experts=5, num_experts_per_tok=1, mlp_only_layers=[1])
     assert open_source(str(tmp_path / "m")).facts().moe_layers == (0, 2)
