@@ -66,6 +66,7 @@ class Instance:
         self.mesh = checked_name("--mesh", config.mesh)
         self.id = checked_name("--id", config.id or f"{kind.value}-{secrets.token_hex(3)}")
         self.incarnation = secrets.randbits(64)
+        self._version = _version()  # reads files
         self.node = node_name(config.node)
         self.state = State.STARTING
         self.members = Members(self.mesh, self.id)
@@ -195,7 +196,7 @@ class Instance:
 
     def heartbeat(self) -> Heartbeat:
         """What this instance says of itself now."""
-        fields = {"url": self.url, "detail": self._detail, "model": self.model, "version": _version()}
+        fields = {"url": self.url, "detail": self._detail, "model": self.model, "version": self._version}
         identity = {"kind": self.kind, "id": self.id, "incarnation": self.incarnation, "node": self.node}
         return Heartbeat.model_validate({**fields, **self._facts(), **identity, "state": self.state})
 

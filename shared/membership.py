@@ -17,7 +17,7 @@ SUSPECT_AFTER_S = 3.0
 GONE_AFTER_S = 10.0
 SUSPEND_S = 5.0
 """A watcher that was cut off itself judges nobody for so long after it hears again."""
-JUDGE_EVERY_S = 0.25
+JUDGE_EVERY_S = 0.5
 
 
 @dataclass

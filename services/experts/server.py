@@ -28,7 +28,7 @@ from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Ref
 
 Record = Callable[[tuple[bytes, bytes], int, int, int, int], None]
 """Called after a traced exchange: (trace and span id, start ns, end ns, layer, parts)."""
-IDLE_S = 0.1
+IDLE_S = 0.5
 BUSY_S = 1.0  # after a frame, receive sleeps in short slices for so long
 
 

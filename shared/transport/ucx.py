@@ -30,7 +30,7 @@ POSTED_RECEIVES = 4
 SPIN_US = 100.0
 BUSY_SLEEP_S = 0.005
 """Bounds the sleeps of a busy ``receive``. Each turn takes 0.1 ms of a core on which an expert instance may compute."""
-IDLE_SLEEP_S = 0.1
+IDLE_SLEEP_S = 0.5
 CLOSING_ROUNDS = 20
 """Turns of progress in which living peers learn that an endpoint is closed."""
 
@@ -45,7 +45,7 @@ class UcxTransport:
         receive_slots: most frames that may be held at once, plus one for each peer that died while sending.
         spin_us: microseconds of polling before a busy ``receive`` sleeps. Every turn yields the core; yet where
             services share cores, one that polls for long takes whole slices from those that compute.
-        nap_s: bounds the sleeps of a ``receive`` that is not busy: twice that after a frame, doubling up to 100 ms.
+        nap_s: bounds the sleeps of a ``receive`` that is not busy: twice that after a frame, up to half a second.
         rows_apart: send rows as a message of their own; None: when the device is not a CPU.
 
     Raises TransportError when UCX cannot start with these settings.
@@ -199,7 +199,6 @@ class UcxTransport:
         """Take notice of a ``wake``."""
         if self._woken[0]:
             self._woken[0] = 0
-            self._nap = self._first_nap
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
 
