@@ -68,19 +68,17 @@ class Stream:
 
 
 async def stream_tokens(
-    client: httpx.AsyncClient, url: str, prompt: list[int], max_tokens: int, into: Stream | None = None
+    client: httpx.AsyncClient, url: str, prompt: list[int], max_tokens: int, into: Stream | None = None, **more: float
 ) -> Stream:
-    """One greedy streamed completion of token ids, to exactly ``max_tokens`` tokens; ``into``: watched meanwhile."""
-    request = {
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
+    """One streamed completion of token ids, greedy unless ``more`` of the request says otherwise.
+
+    To exactly ``max_tokens`` tokens. ``into``: watched meanwhile.
+    """
+    always = {"ignore_eos": True, "stream": True, "return_token_ids": True}
+    request = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **always, **more}
     stream = into or Stream(0.0)
     stream.started = time.perf_counter()
-    async with client.stream("POST", url + "/v1/completions", json={**request, "return_token_ids": True}) as response:
+    async with client.stream("POST", url + "/v1/completions", json=request) as response:
         if response.status_code != 200:
             raise RuntimeError((await response.aread()).decode())
         async for line in response.aiter_lines():

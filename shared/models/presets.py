@@ -142,7 +142,7 @@ def _write_weights(out: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, s
             shard.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 tensor = _random_tensor(shapes[name], dtype, generator)
-                shard.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                tensor.flatten().view(torch.uint8).numpy().tofile(shard)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
