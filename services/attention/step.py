@@ -159,11 +159,10 @@ class ModelRunner:
         shape = (index, len(step.tokens), *step.tables.shape, len(step.logit_rows))
         if len(step.tokens) > RECORDED_ROWS:
             return Program(self._decoder, step, record=False)
-        if shape not in self._programs:
-            if len(self._programs) == MOST_PROGRAMS:
-                del self._programs[next(iter(self._programs))]
-            self._programs[shape] = Program(self._decoder, step, record=True)
-        program = self._programs[shape]
+        program = self._programs.pop(shape, None) or Program(self._decoder, step, record=True)
+        if len(self._programs) == MOST_PROGRAMS:
+            del self._programs[next(iter(self._programs))]  # the one that was not used for longest
+        self._programs[shape] = program
         program.begin(step)
         return program
 
@@ -213,8 +212,8 @@ class ModelRunner:
         """fp32 [R, vocab] for the rows that the chunks want, in host memory; valid until the next step."""
         began = time.monotonic()
         programs = [batch.program for batch in done]
-        parts = [p.do(partial(self._decoder.logits, p.x, p.step)).cpu().numpy() for p in programs]
-        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = (p.do(partial(self._decoder.logits, p.x, p.step)).cpu().numpy() for p in programs)
+        logits = next(parts) if len(programs) == 1 else np.concatenate([part.copy() for part in parts])
         self._pace.head(began, len(logits))
         return logits
 

@@ -125,14 +125,15 @@ class Decoder:
             self.kernels.add(x, parts, self.spec.residual_scale)
 
     def logits(self, x: Tensor, step: StepInput) -> Tensor:
-        """fp32 [R, vocab]"""
+        """fp32 [R, vocab], valid until the next call."""
         rows = self.scratch.rows("chosen", len(step.logit_rows), self.spec.hidden, x.dtype)
         self.kernels.take(x, step.logit_rows, rows)
         self._norm(rows, self.outer, "norm", rows)
         if self.spec.logit_scale != 1.0:
             self.kernels.scale(rows, self.spec.logit_scale)
         head = self.outer["embed" if self.spec.tied_head else "head"]
-        return self.kernels.linear(rows, head, self.outer.get("head_bias")).float()
+        out = self.scratch.rows("logits", len(rows), head.shape[0], torch.float32)
+        return self.kernels.linear(rows, head, self.outer.get("head_bias"), out)
 
     def _norm(self, x: Tensor, weights: dict[str, Tensor], role: str, out: Tensor) -> None:
         if self.spec.layer_norm:

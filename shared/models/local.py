@@ -56,4 +56,4 @@ class LocalModel:
                 self.experts.add(layer.index, rows, x)
             else:
                 self.decoder.dense(layer.index, rows, x)
-        return self.decoder.logits(x, step)
+        return self.decoder.logits(x, step).clone()
