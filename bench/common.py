@@ -112,7 +112,7 @@ def prompts(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
 
 
 Ask = Callable[[httpx.AsyncClient, str, list[int], int], Awaitable[Stream]]
-"""One greedy streamed completion: (client, URL of the server, token ids, output tokens)."""
+"""One streamed completion: (client, URL of the server, token ids, output tokens)."""
 
 
 async def run_mesh(url: str, ids: list[list[int]], output: int, ask: Ask = stream_tokens) -> Sample:

@@ -16,7 +16,9 @@ import numpy as np
 
 from shared.kernels.jit import call_native, kernel
 
+CLOSE_LIMIT_S = 2.0
 _CLOSED, _RELEASED, _HELD = -1, 0, 1
+_SCHED_IDLE = 5
 
 
 class KeepAwake(Protocol):
@@ -55,11 +57,16 @@ class BusyCores:
 
     def __init__(self, cores: Iterable[int]) -> None:
         libc = ctypes.CDLL(None)
-        self._functions = np.array([_address(libc.read), _address(libc.sched_yield)], np.int64)
-        self._state = np.zeros(1, np.int64)
-        self._threads = [_Keeper(core, self._state, self._functions) for core in cores]
-        for thread in self._threads:
-            thread.start()
+        functions = (libc.read, libc.sched_yield, libc.sched_setscheduler)
+        self._functions = np.array([_address(function) for function in functions], np.int64)
+        self._state = np.full(1, _CLOSED)
+        self._scratch = np.zeros(2, np.int64)
+        self._keep(0)  # compiled here: a thread of the lowest priority would hold the interpreter's lock for it
+        self._state[0] = _RELEASED
+        self._bells: list[int] = []
+        self._threads: list[threading.Thread] = []
+        for core in cores:
+            self._start(core)
 
     def hold(self) -> None:
         if self._state[0] != _HELD:
@@ -70,41 +77,45 @@ class BusyCores:
 
     def close(self) -> None:
         self._tell(_CLOSED)
-        for thread in self._threads:
-            thread.join()
-            os.close(thread.bell)
+        for thread, bell in zip(self._threads, self._bells, strict=True):
+            thread.join(CLOSE_LIMIT_S)
+            if not thread.is_alive():
+                os.close(bell)
 
     def _tell(self, state: int) -> None:
         self._state[0] = state
-        for thread in self._threads:
-            os.eventfd_write(thread.bell, 1)
+        for bell in self._bells:
+            os.eventfd_write(bell, 1)
 
+    def _start(self, core: int) -> None:
+        bell = os.eventfd(0, os.EFD_CLOEXEC)
+        thread = threading.Thread(target=self._run, args=(core, bell), name=f"keep-awake-{core}", daemon=True)
+        self._bells.append(bell)
+        self._threads.append(thread)
+        thread.start()
 
-class _Keeper(threading.Thread):
-    def __init__(self, core: int, state: np.ndarray, functions: np.ndarray) -> None:
-        super().__init__(name=f"keep-awake-{core}", daemon=True)
-        self.bell = os.eventfd(0, os.EFD_CLOEXEC)
-        self._core, self._state, self._functions = core, state, functions
-        self._count = np.zeros(1, np.int64)
-
-    def run(self) -> None:
+    def _run(self, core: int, bell: int) -> None:
         with suppress(OSError):  # a core that we may not use: it stays where it is
-            os.sched_setaffinity(0, {self._core})
-        try:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        except (AttributeError, OSError):  # at any other priority it would be in the way
-            return
-        _keep(self._functions, self._state, self.bell, self._count, self._count.ctypes.data)
+            os.sched_setaffinity(0, {core})
+        self._keep(bell)
+
+    def _keep(self, bell: int) -> None:
+        _keep(self._functions, self._state, bell, self._scratch, self._scratch.ctypes.data)
 
 
 @kernel
-def _keep(functions, state, bell, count, count_address):
-    """Until closed: sleep until the bell rings, then offer the core around until released."""
+def _keep(functions, state, bell, scratch, address):
+    """Until closed: sleep until the bell rings, then offer the core around until released.
+
+    ``scratch`` at ``address``: the priority 0 that SCHED_IDLE wants, then what is read from the bell.
+    """
+    if state[0] == _CLOSED or call_native(functions[2], (0, _SCHED_IDLE, address)) & 0xFFFFFFFF:
+        return  # at any other priority it would be in the way
     while state[0] != _CLOSED:
         if state[0] == _RELEASED:
-            call_native(functions[0], (bell, count_address, 8))
+            call_native(functions[0], (bell, address + 8, 8))
         call_native(functions[1], (0,))
-    return count[0]
+    scratch[1] = 0  # keeps it alive
 
 
 def _address(function: object) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -48,7 +48,7 @@ async def serve(config: GatewayConfig, signals: bool = True) -> None:
             url = _url(config.host, listener)
             await instance.ready(lambda: {"url": url})
             await instance.until_stopped()
-            server.should_exit = True  # accepts nobody new
+            server.stop()  # accepts nobody new
             await gateway.drain(config.drain_s)
             await serving
         await router.close()
@@ -57,13 +57,23 @@ async def serve(config: GatewayConfig, signals: bool = True) -> None:
 class _Server(uvicorn.Server):
     """Leaves the signals to the Instance, and sleeps longer than uvicorn's 0.1 s when nobody asks."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopped = asyncio.Event()
+
+    def stop(self) -> None:
+        """Accept nobody new, and end when what runs has ended."""
+        self.should_exit = True
+        self._stopped.set()
+
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):  # noqa: ASYNC110 - the event is uvicorn's own flag
-            await asyncio.sleep(TICK_S)
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), TICK_S)
 
 
 def _server(app: ASGIApp, config: GatewayConfig) -> _Server:

@@ -20,7 +20,7 @@ from shared.errors import MoemeshError
 from shared.membership import Members
 from shared.messages import Heartbeat, Kind
 from shared.nats_server import NatsServer
-from shared.priority import CONTROL_NICENESS
+from shared.priority import CONTROL_NICENESS, halting_costs
 
 NATS_DIRECTORY, ADDRESS = "moemesh-nats-", "address"
 """Temporary directories of NATS servers of ours, and the file there with mesh and URL."""
@@ -124,7 +124,7 @@ class LocalMesh:
         if "MOEMESH_CORES" not in os.environ:
             ours.setdefault("cores", cores_for(name, options, sorted(os.sched_getaffinity(0))))
         if "MOEMESH_KEEP_AWAKE" not in os.environ and name.startswith("attention"):
-            ours.setdefault("keep_awake", "true")  # on all cores: expert instances share them
+            ours.setdefault("keep_awake", str(halting_costs()).lower())  # expert instances share its cores
         variables = {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
         local = {} if self.options.nats else {"UCX_NET_DEVICES": "lo"}  # nobody elsewhere can be part of this mesh
         return local | dict(os.environ) | variables

@@ -19,7 +19,7 @@ from shared.models.layout import Shape, expected_tensors
 SHARD_BYTES = 500 * 10**6
 CACHE_LINE = 64
 END = "<|endoftext|>"
-_STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -103,6 +103,8 @@ def make_checkpoint(preset: str, out: Path, seed: int = 0, **overrides: Any) -> 
         raise ConfigError("--preset", f"{preset!r} is unknown; there are: {', '.join(PRESETS)}")
     config = {**PRESETS[preset], **overrides}
     shapes = {t.name: t.shape for t in expected_tensors(parse_config(config, {}, f"preset {preset}"))}
+    if config["dtype"] not in _STORED_DTYPES:
+        raise ModelError("dtype", f"{config['dtype']!r} is not one of {', '.join(_STORED_DTYPES)}")
     tokenizer = byte_tokenizer(config["vocab_size"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -156,10 +158,10 @@ def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
     twice.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end, stored = 0, _STORED_DTYPES[str(dtype).removeprefix("torch.")]
     for name, shape in shapes.items():
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _STORED_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % CACHE_LINE)
     return len(text).to_bytes(8, "little") + text

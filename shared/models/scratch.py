@@ -12,6 +12,7 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._recorded = device.type == "cpu"
         self._buffers: dict[str, Tensor] = {}
         self._replaced: list[Tensor] = []
         self._counted = torch.empty(0, dtype=torch.int32)
@@ -21,7 +22,7 @@ class Scratch:
         """[rows, width] with undefined values; its address stays until a larger one is asked for by this name."""
         size, buffer = rows * width, self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype is not dtype:
-            self._replaced += () if buffer is None else (buffer,)
+            self._replaced += () if buffer is None or not self._recorded else (buffer,)
             room = 1 << (size - 1).bit_length()
             buffer = self._buffers[name] = torch.empty(room, dtype=dtype, device=self._device)
         return buffer[:size].view(rows, width)

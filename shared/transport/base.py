@@ -182,7 +182,7 @@ class Transport(Protocol):
         """The next frame, or None after ``timeout`` seconds or a ``wake``.
 
         Spins briefly, then sleeps on the transport's descriptor; while ``busy`` (a request is open somewhere) single
-        sleeps are bounded to about 1 ms because a wakeup can be lost, when idle they back off to 100 ms.
+        sleeps are bounded to about 5 ms because a wakeup can be lost, when idle they back off to half a second.
         """
         ...
 

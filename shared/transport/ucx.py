@@ -136,6 +136,7 @@ class UcxTransport:
 
     def send(self, peers: Sequence[Peer], header: Header, frame: Outgoing) -> None:
         assert isinstance(frame, SendBuffer)
+        self._nap = self._first_nap  # who sends expects an answer
         frame.seal(header)
         if self._rows_apart:
             frame.rows_tag[0] = next(self._rows_tags)

@@ -1,5 +1,6 @@
 """Output of the real engine around a toy model whose every token depends on the whole cache before it."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -186,6 +187,16 @@ def test_the_deltas_of_a_turn_go_to_the_gateways_that_asked():
     engine.submit("b", PROMPT, gateway="g2")
     engine.turns()
     assert {(gateway, delta.request_id) for gateway, delta in engine.sent} == {("g1", "a"), ("g2", "b")}
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_cores_are_kept_awake_for_steps_and_no_longer(failures: int):
+    engine = ToyEngine()
+    engine.exchange.failures = failures
+    engine.exchange.idle_wait = lambda timeout: engine.engine.stop()
+    engine.submit("r", PROMPT)
+    engine.engine.run()
+    assert engine.awake.history == [True, False]
 
 
 def test_a_repeated_submit_is_accepted_and_not_started_again():

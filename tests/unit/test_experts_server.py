@@ -1,6 +1,7 @@
 """The experts' side, frame by frame: it answers or refuses what it understands and survives everything else."""
 
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from services.experts.server import ExpertServer, KnownPlacement
 from shared.activation import PARTS
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Refusal
 from shared.transport.memory import MemoryNetwork
+from tests.unit.toy_engine import RecordingAwake
 from tests.unit.toy_experts import (
     EXPERTS,
     HIDDEN,
@@ -33,13 +35,15 @@ class Asker:
 
     def __init__(self, network: MemoryNetwork) -> None:
         self.traced: list[tuple] = []
+        self.awake = RecordingAwake()
         self.network = network
         self.far = network.transport(max_frame_bytes=1 << 16)
         self.near = network.transport(max_frame_bytes=1 << 16)
         self.layers = {layer: ToyLayer(layer) for layer in LAYERS}
         self.server = ExpertServer(
-            self.far, self.layers, LIMITS, mesh=MESH, incarnation=100, record=lambda *a: self.traced.append(a)
-        )
+            self.far, self.layers, LIMITS, mesh=MESH, incarnation=100, record=lambda *a: self.traced.append(a),
+            awake=self.awake,
+        )  # fmt: skip
         self.peer = self.near.connect(self.far.address)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -110,6 +114,15 @@ def test_parts_come_sorted_with_weights_and_echo_the_question(asker):
     stats = asker.server.stats
     assert stats.expert_tokens.sum() == stats.parts == len(parts)
     assert [a[0] for a in asker.traced] == [(bytes(range(16)), bytes(range(8)))]
+
+
+def test_cores_are_kept_awake_from_a_frame_until_silence(asker):
+    asker.hello()
+    asker.settle()
+    end = time.monotonic() + 60
+    while asker.awake.held and time.monotonic() < end:
+        time.sleep(0.01)
+    assert asker.awake.history[:2] == [True, False]
 
 
 def test_rows_of_another_dtype_are_converted(asker):

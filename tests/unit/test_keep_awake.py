@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.keep_awake import BusyCores
+from shared.priority import has_quota
 
 PATIENCE_S = 30.0
 
@@ -18,6 +19,22 @@ def awake() -> Iterator[BusyCores]:
     cores = BusyCores(sorted(os.sched_getaffinity(0))[:1])
     yield cores
     cores.close()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("cpu.max", "max 100000", False),
+        ("cpu.max", "200000 100000", True),
+        ("cpu/cpu.cfs_quota_us", "-1", False),
+        ("cpu/cpu.cfs_quota_us", "50000", True),
+        ("other", "", False),
+    ],
+)
+def test_a_quota_is_found_in_both_forms_of_cgroups(tmp_path: Path, file: str, text: str, expected: bool):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / file).write_text(text + "\n")
+    assert has_quota(tmp_path) is expected
 
 
 def keeper() -> threading.Thread:

@@ -126,6 +126,28 @@ class Received:
             self.finishes += 1
 
 
+class RecordingAwake:
+    """Knows whether cores are held, and what was done since."""
+
+    def __init__(self):
+        self.held = False
+        self.history: list[bool] = []
+
+    def hold(self):
+        self._set(True)
+
+    def release(self):
+        self._set(False)
+
+    def close(self):
+        self._set(False)
+
+    def _set(self, held):
+        if held != self.held:
+            self.history.append(held)
+        self.held = held
+
+
 class ToyEngine:
     """The real engine with toy parts, a clock that is set by hand and a gateway that remembers."""
 
@@ -145,6 +167,7 @@ class ToyEngine:
         }  # fmt: skip
         self.limits = Limits(**{**defaults, **limits})
         self.now = 1000.0
+        self.awake = RecordingAwake()
         self.exchange: Any = ToyExchange()
         self.pool = BlockPool(self.limits.kv_blocks, self.limits.block_size)
         self.batcher = Batcher(self.limits, self.pool)
@@ -154,8 +177,9 @@ class ToyEngine:
             decoder, cache, self.exchange, self.limits.block_size, False, MicroBatching(micro_batches), pace
         )
         self.engine = Engine(
-            runner, self.exchange, self.batcher, emit or self._emit, no_home_deadline, lambda: self.now, record
-        )
+            runner, self.exchange, self.batcher, emit or self._emit, no_home_deadline, lambda: self.now, record,
+            self.awake,
+        )  # fmt: skip
         self.received: dict[str, Received] = {}
         self.first: dict[str, int] = {}
         self.sent: list[tuple[str, TokenDelta]] = []
