@@ -4,7 +4,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -81,10 +81,19 @@ async def stream_tokens(
     async with client.stream("POST", url + "/v1/completions", json=request) as response:
         if response.status_code != 200:
             raise RuntimeError((await response.aread()).decode())
-        async for line in response.aiter_lines():
+        async for line in lines_of(response):
             if line.startswith("data: {"):
                 take_event(stream, json.loads(line[6:]))
     return stream
+
+
+async def lines_of(response: httpx.Response) -> AsyncIterator[str]:
+    """Lines of a stream. httpx itself would split them at every separator of Unicode, also inside of a token's text."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.decode()
 
 
 def take_event(stream: Stream, event: dict[str, Any]) -> None:

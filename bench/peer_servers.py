@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from common import Ask, Stream, stream_tokens
+from common import Ask, Stream, lines_of, stream_tokens
 
 READY_LIMIT_S = 900.0
 HALTED_LIMIT_S = 3600.0
@@ -146,7 +146,7 @@ async def stream_llama(client: httpx.AsyncClient, url: str, prompt: list[int], m
     async with client.stream("POST", url + "/completion", json={**request, "stream": True}) as response:
         if response.status_code != 200:
             raise RuntimeError((await response.aread()).decode())
-        async for line in response.aiter_lines():
+        async for line in lines_of(response):
             if line.startswith("data: {"):
                 take_llama_event(stream, json.loads(line[6:]))
     return stream
