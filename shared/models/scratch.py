@@ -7,7 +7,7 @@ from torch import Tensor
 class Scratch:
     """Buffers that grow to the largest step seen. One thread at a time; a buffer is valid until its next use.
 
-    What a larger one has replaced is kept: recorded kernels know its address.
+    What a larger one has replaced is kept on CPU: recorded kernels know its address.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -39,6 +39,12 @@ def test_tensors_begin_at_cache_lines(tmp_path):
     assert tensors and all((8 + length + tensor["data_offsets"][0]) % 64 == 0 for tensor in tensors.values())
 
 
+def test_a_dtype_that_is_not_stored_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ModelError, match="float64"):
+        make_checkpoint("tiny-qwen3", tmp_path / "m", dtype="float64")
+    assert not (tmp_path / "m").exists()
+
+
 def test_overrides_change_the_shapes(tmp_path):
     make_checkpoint("tiny-qwen3", tmp_path / "m", num_local_experts=5, num_experts_per_tok=1, mlp_only_layers=[1])
     assert open_source(str(tmp_path / "m")).facts().moe_layers == (0, 2)
