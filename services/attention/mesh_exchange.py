@@ -161,7 +161,7 @@ class MeshExchange:
     def _wait(self, pending: Pending) -> None:
         """Until one frame, the retry of a refusal or the deadline; acts on the latter two."""
         due = min(pending.deadline, pending.retry_at)
-        received = self._receive(min(due - time.monotonic(), SLICE_S))
+        received = self._receive(min(due - time.monotonic(), SLICE_S), together=pending.missing.bit_count())
         now = time.monotonic()
         if now >= pending.deadline:
             self._catch_up()
@@ -296,8 +296,8 @@ class MeshExchange:
         layer, nothing = next(iter(self._targets.homes)), torch.empty(0, self._hidden)
         self._send(Pending(layer, 0, nothing, now, now, 0.0, 0.0, self._targets.live), suspects)
 
-    def _receive(self, timeout: float, busy: bool = True) -> bool:
-        incoming = self._transport.receive(max(timeout, 0.0), busy)
+    def _receive(self, timeout: float, busy: bool = True, together: int = 1) -> bool:
+        incoming = self._transport.receive(max(timeout, 0.0), busy, together)
         if incoming is None:
             return False
         self._inbox.take(incoming)

@@ -3,6 +3,7 @@
 All of it happens in the compute thread, to which the data plane belongs from then on.
 """
 
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ class Built:
     transport: Transport
     pace: Pace
     awake: KeepAwake
+    cores: tuple[int, ...]
+    """Of the compute thread, on a CPU."""
 
     def run(self) -> None:
         """The compute thread's work until ``server.stop``."""
@@ -71,7 +74,8 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         digest=checkpoint.digest,
         experts=spec.router.experts,
     )
-    return Built(server, store, transport, pace, awake)
+    cores = tuple(sorted(os.sched_getaffinity(0))) if device.type == "cpu" else ()
+    return Built(server, store, transport, pace, awake, cores)
 
 
 def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:

@@ -182,8 +182,10 @@ class Transport(Protocol):
         """Start sending one frame to every peer. Fills rows, columns, dtype and meta_bytes of ``header``."""
         ...
 
-    def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
+    def receive(self, timeout: float, busy: bool = True, together: int = 1) -> Incoming | None:
         """The next frame, or None after ``timeout`` seconds or a ``wake``.
+
+        ``together``: the caller needs so many; it may be left asleep until they are there or the time is over.
 
         Spins briefly, then sleeps on the transport's descriptor; while ``busy`` (a request is open somewhere) single
         sleeps are bounded to about 5 ms because a wakeup can be lost, when idle they back off to half a second.
