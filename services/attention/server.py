@@ -26,7 +26,10 @@ DRAIN_POLL_S = 0.02
 
 
 def build_view(placement: Placement | None, members: Members, digest: str, node: str = "") -> View:
-    """What an attention instance on ``node`` sees: the expert instances of our model that answer exchanges: READY ones, and DRAINING ones until they are gone."""
+    """What an attention instance on ``node`` sees of the expert instances of our model.
+
+    Those that answer exchanges: READY ones, and DRAINING ones until they are gone.
+    """
     experts = (m for m in members.all() if m.heartbeat.kind is Kind.EXPERTS and _answers(m, digest))
     return View(placement, {m.id: _expert(m, node) for m in experts})
 

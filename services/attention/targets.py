@@ -71,7 +71,7 @@ class Targets:
         """Addresses that could not be connected, by instance id."""
 
     def update(self, view: View) -> list[Peer]:
-        """In the thread that sends. Connect newcomers, forget those that left, take the placement. Returns the new peers."""
+        """Connect newcomers, forget who left, take the placement; in the thread that sends. Returns the new peers."""
         if view is self._view:
             return []
         wanted = {instance.incarnation: instance for instance in view.instances.values()}

@@ -180,6 +180,19 @@ class Kernels(Protocol):
         """
         ...
 
+    def gather(self, out: Tensor, replies: NDArray[np.int64], top_k: int, homes: NDArray[np.uint64]) -> int | None:
+        """Check and arrange the parts of all replies to an exchange, then ``combine`` them, as one call.
+
+        Args:
+            replies: [n, 4], of each the bit of its sender, the addresses of its PARTS and of its rows, their number.
+            homes: [experts].
+
+        Returns:
+            A number of shared.activation.PROBLEMS, 0 when ``out`` has the sum; None where it brings nothing: nothing
+            has happened then.
+        """
+        ...
+
     def record(self, call: Callable[[], T]) -> Callable[[], T]:
         """Something that does again what ``call`` does to tensors on the device, and returns what it returned.
 

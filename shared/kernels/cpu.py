@@ -6,7 +6,7 @@ Activations and the KV cache are fp32; weights are fp32, bf16, fp16 or blocks of
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from shared.kernels import (
 )
 from shared.kernels.base import ExpertTable, Paged, Visibility
 from shared.kernels.cache import compile_once
-from shared.kernels.cpu_answer import Answer
+from shared.kernels.cpu_answer import Answer, gather
 from shared.kernels.cpu_checks import expect, head_strides, is_plain, located, weight_kind
 from shared.kernels.cpu_rowwise import RowKernels
 from shared.kernels.jit import KIND_BF16, KIND_FP32
@@ -133,6 +133,10 @@ class CpuKernels(RowKernels):
         for matrix in (weight, plain):
             table = self.expert_table({0: (matrix, matrix, matrix)})
             self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
+        answering = self.answering(partial(self.route, x, weight, RouterSpec(experts=16, top_k=1)), x, table, "silu")
+        homes, counts, meta = np.ones(16, np.uint64), np.zeros(16, np.int64), np.zeros(24, np.uint8)
+        answering(torch.zeros(2, 16), homes, 1, 0, meta, torch.empty(2, 16), counts)
+        self.gather(x, np.zeros((0, 4), np.int64), 1, homes)
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -286,6 +290,11 @@ class CpuKernels(RowKernels):
         finally:
             self._tape = None
         return Answer(tape, room, routed, out)
+
+    def gather(self, out: Tensor, replies: np.ndarray, top_k: int, homes: np.ndarray) -> int:
+        """See ``Kernels``."""
+        self._output(out, out.shape)
+        return gather(out.data_ptr(), *out.shape, top_k, replies, homes)
 
     def _tiled(self, kind: int) -> bool:
         return self.tiles and kind == KIND_BF16

@@ -1,19 +1,19 @@
-"""What one expert instance does in an exchange, in a single native call: gate, replica choice, experts, reply.
+"""What either side of an exchange does with the other's frames, each in a single native call.
 
-The interpreter would take as long for it as the experts of a small batch. Kernels are called as they were recorded; the
-choice is that of shared/activation.py.
+An expert instance gates, chooses replicas, computes and writes its reply; attention checks, arranges and adds what came
+back. The interpreter would take as long for it as the experts of a small batch. Kernels are called as they were
+recorded; the rules are those of shared/activation.py.
 """
 # ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.activation import plan, refuse
+from shared.activation import INCOMPLETE, place_parts, plan, refuse
 from shared.kernels import native
-from shared.kernels.jit import FP32, I32, I64, helper, kernel, view1, view2
+from shared.kernels.cpu_elementwise import add_parts
+from shared.kernels.jit import FP32, I32, I64, U32, helper, kernel, view1, view2
 from shared.kernels.recorder import Tape
 
 _GATE_REFUSED, _EXPERTS_REFUSED = -3, -4
@@ -56,7 +56,7 @@ class Answer:
         )
         if code in (_GATE_REFUSED, _EXPERTS_REFUSED):
             part = "gate" if code == _GATE_REFUSED else "experts"
-            raise ValueError(f"the kernels of the {part} refused their input (an expert is not resident) or had no memory")
+            raise ValueError(f"kernels of the {part} refused their input (an expert is not resident) or had no memory")
         refuse(code, len(homes))
         return count, digest
 
@@ -95,3 +95,22 @@ def answer(calls, gates, first, room, size, weights, ids, rows, k, x, homes, liv
     for e in experts:
         counts[e] += 1
     return code, count, digest
+
+
+@kernel
+def gather(out, rows, depth, k, replies, homes):
+    """See ``Kernels.gather``; returns a number of shared.activation.PROBLEMS."""
+    counts, experts = np.zeros(rows, np.int32), np.empty((rows, k), np.uint32)
+    source, index = np.empty((rows, k), np.int32), np.empty((rows, k), np.int32)
+    weights, parts = np.empty((rows, k), np.float32), 0
+    for i in range(len(replies)):
+        instance, meta, count = replies[i, 0], replies[i, 1], replies[i, 3]
+        numbers, fractions = view2(meta, count, 3, U32), view2(meta, count, 3, FP32)
+        code = place_parts(numbers, fractions, i, instance, homes, counts, experts, source, index, weights)
+        if code:
+            return code
+        parts += count
+    if parts != rows * k:
+        return INCOMPLETE
+    add_parts(view2(out, rows, depth, FP32), replies[:, 2:], source, index, weights)
+    return 0

@@ -6,7 +6,9 @@ Written to be read. Nothing here keeps a row's bits independent of its batch; se
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -59,6 +61,9 @@ class ReferenceKernels:
         self, route: Callable[[], tuple[Tensor, Tensor]], room: Tensor, table: ExpertTable, activation: str
     ) -> None:
         """The steps one by one are fast enough where the device does not wait for the interpreter."""
+
+    def gather(self, out: Tensor, replies: NDArray[np.int64], top_k: int, homes: NDArray[np.uint64]) -> None:
+        """Likewise."""
 
     def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
         return out.copy_(table.index_select(0, ids))

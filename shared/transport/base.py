@@ -147,6 +147,8 @@ class Incoming(Protocol):
     header: Header
     meta: np.ndarray
     """uint8 [header.meta_bytes], host memory."""
+    meta_address: int
+    """Of ``meta``."""
     rows: torch.Tensor
     """[header.rows, header.columns] of DTYPES[header.dtype] on the transport's device."""
 

@@ -40,6 +40,7 @@ class Block:
     def __init__(self, capacity: int) -> None:
         self.memory = torch.empty(capacity, dtype=torch.uint8)
         self.bytes: np.ndarray = self.memory.numpy()
+        self.meta_address = self.memory.data_ptr() + HEADER_BYTES
         self.capacity = capacity
         self.sent = False
         self.kept = 0

@@ -173,9 +173,8 @@ class UcxTransport:
             waiting = self._awaiting_rows + self._posted  # what began to arrive first is delivered first
             receives = np.array([slot.request for slot in waiting], np.int64)
             sends = np.array([request for peer in self._sending for request in peer.requests], np.int64)
-            what = ucp.wait(
-                self._ucx.functions, self._handle, self._files, receives, sends, self._state, max(1, min(together, len(waiting))), times
-            )
+            count = max(1, min(together, len(waiting)))
+            what = ucp.wait(self._ucx.functions, self._handle, self._files, receives, sends, self._state, count, times)
             if what == ucp.NOTHING:
                 return None
             if what == ucp.SENT:
