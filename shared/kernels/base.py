@@ -1,8 +1,9 @@
 """The seam between models and devices: every arithmetic step of the decoder and the experts.
 
 Three implementations: ``cpu`` (numba, bf16 weights, fp32 arithmetic), ``reference`` (plain torch, any device; the
-yardstick in tests) and ``cuda`` (the reference, but for experts, attention and graphs). On CPU every output row has a fixed order of operations, whatever the number
-of rows: that is what the exactness contract rests on. Activations are fp32 on CPU and the model's dtype on CUDA.
+yardstick in tests) and ``cuda`` (the reference, but for experts, attention and graphs). On CPU every output row has a
+fixed order of operations, whatever the number of rows: that is what the exactness contract rests on. Activations are
+fp32 on CPU and the model's dtype on CUDA.
 
 T = rows (tokens) of this call, H = hidden size, P = parts (token, chosen expert) of this call.
 """
@@ -150,9 +151,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def expert_table(
-        self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None
-    ) -> ExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None) -> ExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]), then the biases of all three or none.
 
         They stay as they are: on CPU mapped, on CUDA copied side by side, FP8 at one byte per weight. ``beside``: a
@@ -180,8 +179,8 @@ class Kernels(Protocol):
         """Something that does again what ``call`` does to tensors on the device, and returns what it returned.
 
         It uses the memory of the first time, which must live on: new values are to be written into the same tensors.
-        ``call`` must use nothing but these kernels on them. On CUDA it runs as it is the first time, and is captured the
-        second time, which may return other tensors.
+        ``call`` must use nothing but these kernels on them. On CUDA it runs as it is the first time and is
+        captured the second time, which may return other tensors.
         """
         ...
 

@@ -41,6 +41,8 @@ class CudaKernels(ReferenceKernels):
         return GraphRecording(call, self._graphs, lambda: self._host_reads)
 
     def attention(self, q: Tensor, caches: tuple[Tensor, Tensor], at: Paged, sees: Visibility, out: Tensor) -> Tensor:
+        if len(q) == 0:
+            return out
         mixed = out.view(len(q), q.shape[1], caches[1].shape[3])
         if cuda_attention.by_shape(at):
             mixed.copy_(cuda_attention.mix(q, caches, at, sees))
@@ -50,9 +52,7 @@ class CudaKernels(ReferenceKernels):
             mixed[rows] = cuda_attention.mix(q[rows], caches, part, sees).to(mixed.dtype)
         return out
 
-    def expert_table(
-        self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None
-    ) -> ExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None) -> ExpertTable:
         """One expert stays where it is (dense and shared feed-forwards); several are copied into stacks.
 
         Raises ValueError when their weights differ in shape or dtype.

@@ -60,7 +60,7 @@ def mix(q: Tensor, caches: tuple[Tensor, Tensor], at: Paged, sees: Visibility) -
 
 
 def _mix(q: Tensor, caches: tuple[Tensor, Tensor], tables: Tensor, positions: Tensor, sees: Visibility) -> Tensor:
-    """B sequences of R rows: q [B, R, heads, D], tables int64 [B, blocks], positions int64 [B, R] -> [B, R, heads, V]."""
+    """B sequences of R rows: q [B, R, heads, D], int64 tables [B, blocks] and positions [B, R] -> [B, R, heads, V]."""
     size, kv_heads = caches[0].shape[1:3]
     every = torch.arange(tables.shape[1] * size, device=q.device)
     # What lies behind the last row is not read: it may hold NaN, which no mask multiplies away.

@@ -1,7 +1,8 @@
 """Routed experts of one layer on a GPU: weights stacked by slot, all parts of an exchange in two grouped products.
 
-The products are torch's ``grouped_mm``: one kernel for bf16 on Hopper and later, else a loop over the slots inside torch,
-which reads the offsets on the host. On CPU it is that loop, which is how tests compare with ``reference``.
+The products are torch's ``grouped_mm``: one kernel for bf16 on Hopper and its successor (compute capability 9 and 10),
+else a loop over the slots inside torch, which reads the offsets on the host. On CPU it is that loop, which is how tests
+compare with ``reference``.
 
 Memory: one layer's stacks have as many slots as it had experts at most; slots of experts that left are used again. When
 they do not suffice, stacks of the new size are made and the old ones copied: both are there for that moment.
@@ -20,7 +21,7 @@ from shared.kernels.reference import activate
 from shared.kernels.weights import Fp8Blocks, Weight, unpack
 
 ALIGNED = 8
-"""Numbers: rows of matrices begin at multiples of 16 bytes, as ``grouped_mm`` wants it, when they have 2 bytes or more."""
+"""Numbers of 2 bytes or more: rows of matrices begin at multiples of 16 bytes, as ``grouped_mm`` wants it."""
 TOGETHER = ((0, 1), (2,), (3, 4), (5,))
 """Which of an expert's weights share a stack: gate and up, down; then their biases."""
 UNPACKED_AT_ONCE = 8
@@ -45,7 +46,7 @@ class Stack(Protocol):
         ...
 
     def groups(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """For rows that go to ``slots`` (int64 [P], ascending): matrices [G, N, K], int32 [G] where a group's rows end."""
+        """For rows that go to ``slots`` (int64 [P], ascending): matrices [G, N, K], and where groups end: int32 [G]."""
         ...
 
 
@@ -214,7 +215,7 @@ def _aligned(size: int) -> int:
 
 
 def _room(like: Tensor, slots: int) -> Tensor:
-    return like.new_zeros(slots, *like.shape)
+    return like.new_zeros((slots, *like.shape))
 
 
 def _longer(tensor: Tensor, slots: int) -> Tensor:

@@ -15,8 +15,8 @@ class Capturing(Protocol):
         """``call`` now, where it will be captured later; what is queued after it waits for it."""
         ...
 
-    def capture(self, call: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Write down what ``call`` would do: (something that does it, what ``call`` returned). Nothing is computed."""
+    def capture(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Write down what ``call`` would do, computing nothing: what does it, and returns the same every time."""
         ...
 
 
@@ -37,11 +37,11 @@ class Graphs:
         current.wait_stream(self._stream)
         return result
 
-    def capture(self, call: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    def capture(self, call: Callable[[], T]) -> Callable[[], T]:
         """Raises RuntimeError when ``call`` does what cannot be captured, such as waiting for the device.
 
-        Not ``torch.cuda.graph``: that waits for the device and empties the allocator's cache, each time. Only this thread
-        is held to the rules of a capture: others may be loading experts.
+        Not ``torch.cuda.graph``: that waits for the device and empties the allocator's cache, each time. Only this
+        thread is held to the rules of a capture: others may be loading experts.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
@@ -50,7 +50,12 @@ class Graphs:
                 result = call()
             finally:
                 graph.capture_end()
-        return graph.replay, result
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay
 
 
 class GraphRecording(Generic[T]):
@@ -67,18 +72,17 @@ class GraphRecording(Generic[T]):
         self._call = call  # also keeps the tensors that it works on
         self._device = device
         self._host_reads = host_reads
-        self._capturable: bool | None = None
-        self._captured: tuple[Callable[[], None], T] | None = None
+        self._first = True
+        self._again: Callable[[], T] | None = None
+        """What to do from now on, once that is known."""
 
     def __call__(self) -> T:
         """Raises RuntimeError when the call cannot be captured although it looked at nothing."""
-        if not self._capturable:
-            before = self._host_reads()
-            result = self._device.run(self._call) if self._capturable is None else self._call()
-            self._capturable = self._capturable is None and self._host_reads() == before
+        if self._first:
+            self._first, before = False, self._host_reads()
+            result = self._device.run(self._call)
+            self._again = None if self._host_reads() == before else self._call
             return result
-        if self._captured is None:
-            self._captured = self._device.capture(self._call)
-        replay, result = self._captured
-        replay()
-        return result
+        if self._again is None:
+            self._again = self._device.capture(self._call)
+        return self._again()

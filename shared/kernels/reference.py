@@ -141,9 +141,7 @@ class ReferenceKernels:
         weights, ids = choose(logits, router, correction)
         return weights.contiguous(), ids.int().contiguous()
 
-    def expert_table(
-        self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None
-    ) -> ExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None) -> ExpertTable:
         if not isinstance(beside, ReferenceTable | None):
             raise TypeError("the expert table was made by other kernels")
         return ReferenceTable({**(beside.weights if beside else {}), **experts})

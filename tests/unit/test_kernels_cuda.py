@@ -1,4 +1,4 @@
-"""The kernels for CUDA against the reference, on CPU tensors; and that what is captured looks at nothing on the host."""
+"""The kernels for CUDA against the reference, on CPU tensors; what becomes of recordings, with pretended graphs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,35 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.kernels.base import Paged
+from shared.kernels.base import Paged, select_kernels
 from shared.kernels.cuda import CudaKernels
 from shared.kernels.cuda_experts import StackedTable
 from shared.kernels.reference import ReferenceKernels
+from tests.pretended_graphs import Pretended
 from tests.unit.kernel_cases import ExpertCase, expert_case, normal, paged_case
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceKernels()
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative to the largest number: bf16 results are rounded to 8 bits, here and there at different points."""
-
-
-class Pretended:
-    """Captures by remembering; as a GPU does, it computes nothing meanwhile and the same afterwards."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-
-    def run(self, call: Callable[[], Any]) -> Any:
-        return call()
-
-    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        self.captured += 1
-        results: list[Any] = [None]
-
-        def replay() -> None:
-            results[0] = call()
-
-        return replay, results
 
 
 def cuda() -> CudaKernels:
@@ -73,9 +55,7 @@ def test_grouped_experts_of_odd_sizes_are_the_reference(dtype: torch.dtype, rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "experts"), [(1, 11), (2, 3), (30, 11)])
 @pytest.mark.parametrize(("hidden", "inner"), [(160, 144), (40, 27)])
-def test_fp8_experts_are_the_reference(
-    dtype: torch.dtype, rows: int, experts: int, hidden: int, inner: int
-) -> None:
+def test_fp8_experts_are_the_reference(dtype: torch.dtype, rows: int, experts: int, hidden: int, inner: int) -> None:
     """More experts than are unpacked at once, blocks that do not divide the matrices, and experts without rows."""
     case = in_dtype(expert_case(rows, hidden, inner, experts, dtype=torch.float8_e4m3fn), dtype)
     blocks = [weight.block for weight in case.experts[0]]  # pyright: ignore[reportAttributeAccessIssue]
@@ -145,7 +125,7 @@ def test_unlike_experts_are_refused() -> None:
     with pytest.raises(TypeError, match="rows are"):
         expert_case(3).run(cuda())  # fp32 rows, bf16 weights
     with pytest.raises(TypeError, match="other kernels"):
-        cuda().experts(torch.ones(1, 64), REFERENCE.expert_table(plain), *[torch.zeros(1).int()] * 2, "silu", plain[0][2])  # fmt: skip  # pyright: ignore
+        cuda().expert_table(plain, select_kernels(CPU, 1).expert_table(plain))
 
 
 ATTENTION = {
@@ -170,6 +150,12 @@ def test_attention_is_the_reference(kind: str, rows: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("shared.kernels.cuda_attention.MOST_GATHERED", 100)
     monkeypatch.setattr("shared.kernels.cuda_attention.MOST_SCORES", 100)
     torch.testing.assert_close(case.run(cuda()), want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_rows_are_no_trouble() -> None:
+    case = paged_case([3])
+    nothing = case.rows([])
+    assert nothing.run(cuda()).shape == (0, 128)
 
 
 def attend_later(kernels: CudaKernels, sequence: list[int]) -> Callable[[], Tensor]:
@@ -200,7 +186,7 @@ def test_steps_that_mix_prompts_and_decode_are_not_captured(sequence: list[int],
 
 def test_a_capture_that_fails_is_an_error_every_time() -> None:
     class Refusing(Pretended):
-        def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        def capture(self, call: Callable[[], Any]) -> Callable[[], Any]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     x = normal(2, seed=0)
