@@ -73,11 +73,11 @@ def choose_replicas(ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int
         ValueError: an id is not in 0..E-1.
     """
     replicas = np.empty_like(ids)
-    _refuse(_choose(ids, homes, np.uint64(live), replicas), len(homes))
+    refuse(_choose(ids, homes, np.uint64(live), replicas), len(homes))
     return replicas
 
 
-def _refuse(code: int, experts: int) -> None:
+def refuse(code: int, experts: int) -> None:
     """Raise what ``_choose`` has found wrong."""
     if code == _BAD_ID:
         raise ValueError(f"expert ids must be in 0..{experts - 1}")
@@ -94,8 +94,8 @@ def plan_exchange(
     ids: NDArray[np.int32], weights: NDArray[np.float32], homes: NDArray[np.uint64], live: int, instance: int
 ) -> tuple[Parts, int]:
     """``choose_replicas``, then ``own_parts`` of ``instance`` and ``exchange_digest``, in one compiled call."""
-    code, digest, tokens, experts, own = _plan(ids, weights, homes, np.uint64(live), instance)
-    _refuse(code, len(homes))
+    code, digest, tokens, experts, own = plan(ids, weights, homes, np.uint64(live), instance)
+    refuse(code, len(homes))
     return Parts(tokens, experts, own), int(digest)
 
 
@@ -227,7 +227,7 @@ def _own(ids, replicas, weights, instance):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def _plan(ids, weights, homes, live, instance):  # noqa: ANN001, ANN202
+def plan(ids, weights, homes, live, instance):  # noqa: ANN001, ANN202
     """(what ``_choose`` returns, digest, tokens, experts, weights)"""
     replicas = np.empty_like(ids)
     code = _choose(ids, homes, live, replicas)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from services.attention.exchange import Handle, View
 from services.attention.pending import ExchangeStats, Inbox, Pending
-from services.attention.replies import Arrangement
+from services.attention.replies import PART_BYTES, Arrangement
 from services.attention.stats import exchange_samples
 from services.attention.targets import Targets
 from shared.activation import PARTS
@@ -188,7 +188,7 @@ class MeshExchange:
         if len({reply.header.digest for reply in replies.values()}) > 1:
             pending.problem = "replicas were chosen differently"
             return "digest"
-        sources = [(bit.bit_length() - 1, reply.meta) for bit, reply in replies.items()]
+        sources = [(bit.bit_length() - 1, reply.meta[: reply.header.rows * PART_BYTES]) for bit, reply in replies.items()]
         problem = self._arrangement.fill(len(pending.rows), sources, self._targets.homes[pending.layer])
         pending.problem = problem or pending.problem
         return "parts" if problem else ""

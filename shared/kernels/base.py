@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.weights import Weight
@@ -168,6 +170,15 @@ class Kernels(Protocol):
         """
         ...
 
+    def answering(
+        self, route: Callable[[], tuple[Tensor, Tensor]], room: Tensor, table: ExpertTable, activation: str
+    ) -> "Answering | None":
+        """All of an expert instance's work in an exchange as one call, or None where that brings nothing.
+
+        ``route`` gates ``room`` [T, H] with these kernels; both and ``table`` stay as they are while it is used.
+        """
+        ...
+
     def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
         """out [T, H] += sum over j of weights[t, j] * rows[source[t, j]][index[t, j]], j ascending, in fp32.
 
@@ -183,6 +194,21 @@ class Kernels(Protocol):
         captured the second time, which may return other tensors.
         """
         ...
+
+
+class Answering(Protocol):
+    """See ``services.experts.compute.answer``, which takes the same arguments after the layer."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        homes: NDArray[np.uint64],
+        live: int,
+        instance: int,
+        meta: NDArray[np.uint8],
+        out: Tensor,
+        counts: NDArray[np.int64],
+    ) -> tuple[int, int]: ...
 
 
 def select_kernels(device: torch.device, threads: int, precise: bool = True) -> Kernels:

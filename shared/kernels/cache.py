@@ -22,7 +22,8 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
     Numba itself would notice a change only in the file of the outermost kernel. Never beside the sources, which may be
     read-only; never one that another user could have filled.
     """
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    sources = [here.parent / "activation.py", *sorted(here.glob("*.py"))]
     digest = hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
     home = environ.get("XDG_CACHE_HOME") or (environ.get("HOME", "") and environ["HOME"] + "/.cache")
     temporary = Path(tempfile.gettempdir()) / f"moemesh-{os.getuid()}"

@@ -4,7 +4,7 @@ Activations and the KV cache are fp32; weights are fp32, bf16, fp16 or blocks of
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +29,11 @@ from shared.kernels import (
 )
 from shared.kernels.base import ExpertTable, Paged, Visibility
 from shared.kernels.cache import compile_once
+from shared.kernels.cpu_answer import Answer
 from shared.kernels.cpu_checks import expect, head_strides, is_plain, located, weight_kind
 from shared.kernels.cpu_rowwise import RowKernels
 from shared.kernels.jit import KIND_BF16, KIND_FP32
+from shared.kernels.recorder import Tape
 from shared.kernels.weights import Weight, expert_bytes
 from shared.models.spec import RouterSpec
 
@@ -280,6 +282,20 @@ class CpuKernels(RowKernels):
             done = self._do(cpu_experts.experts, threads, self._project.address, addresses, sizes, table.kind, kind)
         expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out
+
+    def answering(
+        self, route: Callable[[], tuple[Tensor, Tensor]], room: Tensor, table: ExpertTable, activation: str
+    ) -> Answer:
+        """See ``Kernels``."""
+        self._tape = tape = Tape()
+        try:
+            routed = route()
+            ids = routed[1].view(-1)
+            out = torch.empty(len(ids), room.shape[1])
+            self.experts(room, table, ids, ids, activation, out)
+        finally:
+            self._tape = None
+        return Answer(tape, room, routed, out)
 
     def _tiled(self, kind: int) -> bool:
         return self.tiles and kind == KIND_BF16

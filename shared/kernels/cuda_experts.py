@@ -182,8 +182,8 @@ def grouped_feed_forward(
     slots, order = table.where[ids.long()].sort(stable=True)
     rows = x[tokens[order].long()]
     rows = functional.pad(rows, (0, _aligned(rows.shape[1]) - rows.shape[1]))
-    hidden = activate(*_product(rows, up, b_up, slots).chunk(2, -1), activation)
-    out[order] = _product(hidden, down, b_down, slots)[:, : table.hidden].to(out.dtype)
+    gate, ups = _product(rows, up, b_up, slots).chunk(2, -1)
+    out[order] = _product(activate(gate, ups, activation), down, b_down, slots)[:, : table.hidden].to(out.dtype)
     return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.activation import Parts
 from shared.errors import ModelError
-from shared.kernels.base import ExpertTable, Kernels
+from shared.kernels.base import Answering, ExpertTable, Kernels
 from shared.kernels.weights import Weight
 from shared.models.layout import expert_roles, router_roles
 from shared.models.loader import Checkpoint
@@ -30,6 +30,8 @@ class ExpertLayer(Protocol):
     def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None: ...
+
+    def answering(self, rows: Tensor) -> Answering | None: ...
 
 
 def compute_parts(layer: ExpertLayer, rows: Tensor, parts: Parts, out: Tensor) -> None:
@@ -57,6 +59,8 @@ class MoeLayer:
         self._scratch = Scratch(device)
         self._recorded: dict[tuple[int, torch.dtype], tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]] = {}
         """By number and dtype of rows: where they go, and how they are routed."""
+        self._answering: dict[int, tuple[ExpertTable, Answering | None]] = {}
+        """By number of rows; of the table that was there then."""
         self._experts: dict[int, list[Weight]] = {}
         self._table: ExpertTable | None = None
         self.nbytes = 0
@@ -93,6 +97,18 @@ class MoeLayer:
         bias, correction = self._gate.get("router_bias"), self._gate.get("router_correction")
         return self._kernels.route(rows, self._gate["router"], self.spec.router, bias, correction)
 
+    def answering(self, rows: Tensor) -> Answering | None:
+        """One call for the gate and the resident experts of so many rows, where the kernels have one."""
+        table, count = self._table, len(rows)
+        if table is None or self.weighs_input or rows.dtype is not torch.float32 or not 0 < count <= RECORDED_ROWS:
+            return None
+        known, answering = self._answering.get(count, (None, None))
+        if known is not table:
+            room = self._scratch.rows("gated", count, self.spec.hidden, rows.dtype)
+            answering = self._kernels.answering(partial(self._route, room), room, table, self.spec.activation)
+            self._answering[count] = table, answering
+        return answering
+
     @property
     def weighs_input(self) -> bool:
         """True: weights belong to ``forward`` and the sum of parts has none (Llama-4)."""
@@ -117,6 +133,7 @@ class MoeLayer:
     def _swap(self, experts: dict[int, list[Weight]]) -> None:
         self._experts = experts
         self._table = self._kernels.expert_table(dict(experts)) if experts else None
+        self._answering = {}
         self.nbytes = self._table.nbytes if self._table else 0
 
     def _weights(self, expert: int) -> list[Weight]:

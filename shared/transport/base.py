@@ -26,7 +26,7 @@ class FrameKind(IntEnum):
     DISPATCH = 2
     """attention -> experts: rows [tokens, hidden], normed hidden states of one micro-batch at one layer."""
     COMBINE = 3
-    """experts -> attention: rows [parts, hidden] fp32 and meta (see shared/activation.py: PARTS)."""
+    """experts -> attention: rows [parts, hidden] fp32; meta begins with as many PARTS (shared/activation.py)."""
     REFUSAL = 4
     """experts -> attention: meta holds a Refusal code (one byte) and a UTF-8 message."""
 
@@ -135,6 +135,10 @@ class Outgoing(Protocol):
     """uint8 [meta_bytes], host memory."""
     rows: torch.Tensor
     """[rows, columns] on the transport's device."""
+
+    def keep(self, rows: int) -> None:
+        """Send only the first ``rows`` rows, and all of ``meta``."""
+        ...
 
 
 class Incoming(Protocol):
