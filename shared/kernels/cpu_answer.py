@@ -56,9 +56,7 @@ class Answer:
         )
         if code in (_GATE_REFUSED, _EXPERTS_REFUSED):
             part = "gate" if code == _GATE_REFUSED else "experts"
-            raise ValueError(
-                f"the kernels of the {part} refused their input (an expert is not resident) or had no memory"
-            )
+            raise ValueError(f"the kernels of the {part} refused their input (an expert is not resident) or had no memory")
         refuse(code, len(homes))
         return count, digest
 
