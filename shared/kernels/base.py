@@ -1,8 +1,9 @@
 """The seam between models and devices: every arithmetic step of the decoder and the experts.
 
-Two implementations: ``cpu`` (numba, bf16 weights, fp32 arithmetic) and ``reference`` (plain torch, any device; the
-yardstick in tests and what runs on CUDA). On CPU every output row has a fixed order of operations, whatever the number
-of rows: that is what the exactness contract rests on. Activations are fp32 on CPU and the model's dtype on CUDA.
+Three implementations: ``cpu`` (numba, bf16 weights, fp32 arithmetic), ``reference`` (plain torch, any device; the
+yardstick in tests) and ``cuda`` (the reference, but for experts, attention and graphs). On CPU every output row has a
+fixed order of operations, whatever the number of rows: that is what the exactness contract rests on. Activations are
+fp32 on CPU and the model's dtype on CUDA.
 
 T = rows (tokens) of this call, H = hidden size, P = parts (token, chosen expert) of this call.
 """
@@ -31,6 +32,10 @@ class ExpertTable(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of what the table keeps: all weights of its experts as kernels read them. On CPU they may be mapped."""
+        ...
+
+    def without(self, experts: frozenset[int]) -> "ExpertTable":
+        """A table of the others. Nobody may compute with these any more, not with the old table either."""
         ...
 
 
@@ -148,10 +153,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> ExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None) -> ExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]), then the biases of all three or none.
 
-        They stay as they are: on CPU mapped, FP8 at one byte per weight.
+        They stay as they are: on CPU mapped, on CUDA copied side by side, FP8 at one byte per weight. ``beside``: a
+        table whose experts this one has too. Who computes with that one may go on; it serves so once only.
         """
         ...
 
@@ -197,7 +203,8 @@ class Kernels(Protocol):
         """Something that does again what ``call`` does to tensors on the device, and returns what it returned.
 
         It uses the memory of the first time, which must live on: new values are to be written into the same tensors.
-        ``call`` must use nothing but these kernels on them.
+        ``call`` must use nothing but these kernels on them. On CUDA it runs as it is the first time and is
+        captured the second time, which may return other tensors.
         """
         ...
 
@@ -218,11 +225,11 @@ class Answering(Protocol):
 
 
 def select_kernels(device: torch.device, threads: int, precise: bool = True) -> Kernels:
-    """The implementation for a device: numba on CPU, torch elsewhere. ``precise``: see ``CpuKernels``."""
+    """The implementation for a device: numba on CPU, torch on CUDA. ``precise``: see ``CpuKernels``."""
     if device.type == "cpu":
         from shared.kernels.cpu import CpuKernels
 
         return CpuKernels(threads, precise=precise)
-    from shared.kernels.reference import ReferenceKernels
+    from shared.kernels.cuda import CudaKernels
 
-    return ReferenceKernels()
+    return CudaKernels(device)

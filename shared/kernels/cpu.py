@@ -5,7 +5,7 @@ Activations and the KV cache are fp32; weights are fp32, bf16, fp16 or blocks of
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ class CpuExpertTable:
     @property
     def nbytes(self) -> int:
         return expert_bytes(self.weights)
+
+    def without(self, experts: frozenset[int]) -> "CpuExpertTable":
+        addresses = self.addresses.copy()
+        addresses[[e for e in experts if e in self.weights]] = 0
+        return replace(self, addresses=addresses, weights={e: w for e, w in self.weights.items() if e not in experts})
 
 
 class CpuKernels(RowKernels):
@@ -234,8 +239,13 @@ class CpuKernels(RowKernels):
         )
         return weights, ids
 
-    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> CpuExpertTable:
+    def expert_table(
+        self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None
+    ) -> CpuExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]) alike in shape and dtype, and fp32 biases or none."""
+        if not isinstance(beside, CpuExpertTable | None):
+            raise TypeError("the expert table was made by other kernels")
+        experts = {**(beside.weights if beside else {}), **experts}
         addresses = np.zeros((max(experts, default=-1) + 1, 6), np.int64)
         if not experts:
             return CpuExpertTable(addresses, 0, 0, 0, {})

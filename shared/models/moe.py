@@ -61,7 +61,6 @@ class MoeLayer:
         """By number and dtype of rows: where they go, and how they are routed."""
         self._answering: dict[int, tuple[ExpertTable, Answering | None]] = {}
         """By number of rows; of the table that was there then."""
-        self._experts: dict[int, list[Weight]] = {}
         self._table: ExpertTable | None = None
         self.nbytes = 0
         """Bytes of the resident experts' weights; on CPU most are mapped."""
@@ -72,14 +71,14 @@ class MoeLayer:
 
     def load(self, experts: Iterable[int]) -> None:
         """Make these experts resident, beside those that are already. Raises ModelError for an unknown id."""
-        new = [e for e in sorted(set(experts)) if e not in self._experts]
+        new = sorted(set(experts) - self.resident)
         if new:
-            self._swap(self._experts | {e: self._weights(e) for e in new})
+            self._swap(self._kernels.expert_table({e: self._weights(e) for e in new}, self._table))
 
     def unload(self, experts: Iterable[int]) -> None:
         """Let go of these experts; those that are not resident are ignored."""
-        gone = set(experts)
-        self._swap({e: w for e, w in self._experts.items() if e not in gone})
+        if self._table:
+            self._swap(self._table.without(frozenset(experts)))
 
     def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k]), valid until the next call."""
@@ -130,9 +129,8 @@ class MoeLayer:
             rows, tokens = taken, numbers
         self._kernels.experts(rows, table, tokens, ids, self.spec.activation, out)
 
-    def _swap(self, experts: dict[int, list[Weight]]) -> None:
-        self._experts = experts
-        self._table = self._kernels.expert_table(dict(experts)) if experts else None
+    def _swap(self, table: ExpertTable) -> None:
+        self._table = table if table.resident else None
         self._answering = {}
         self.nbytes = self._table.nbytes if self._table else 0
 
