@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 BENCH = Path(__file__).parent
-SCRIPTS = ("decode.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py", "idle.py", "memory.py")
+SCRIPTS = ("decode.py", "limit.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py", "idle.py", "memory.py")
 STEAL = 7
 
 

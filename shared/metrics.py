@@ -41,6 +41,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "exchange_repeats": ("counter", "Exchanges that were sent again."),
     "frames_dropped": ("counter", "Frames thrown away, by reason."),
     "expert_tokens": ("counter", "Tokens computed, by layer and expert."),
+    "expert_activations": ("counter", "Exchanges in which the expert computed anything here, by layer and expert."),
     "replicas": ("gauge", "Loaded expert replicas."),
     "expert_bytes": ("gauge", "Bytes of their weights, of which the CPU maps most and shares them between instances."),
     "placement_version": ("gauge", "Version of the placement in use."),
@@ -99,11 +100,11 @@ def sample(name: str, value: float | Buckets, **labels: str) -> Sample:
     return Sample(name, kind, text, labels, value)
 
 
-def expert_samples(counts: np.ndarray, moe_layers: Sequence[int]) -> list[Sample]:
-    """``expert_tokens`` of int64 ``counts`` [len(moe_layers), experts]; those without a token are left out."""
+def expert_samples(name: str, counts: np.ndarray, moe_layers: Sequence[int]) -> list[Sample]:
+    """Of int64 ``counts`` [len(moe_layers), experts]; those that are 0 are left out."""
     found = zip(*np.nonzero(counts), strict=True)
     return [
-        sample("expert_tokens", float(counts[row, expert]), layer=str(moe_layers[row]), expert=str(expert))
+        sample(name, float(counts[row, expert]), layer=str(moe_layers[row]), expert=str(expert))
         for row, expert in found
     ]
 

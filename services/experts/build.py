@@ -87,4 +87,4 @@ def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch
         layer.load(set(plan.parts.experts.tolist()))  # these only: an expert may have to be unpacked or copied
         parts = len(plan.weights)
         room = np.empty(parts * PARTS.itemsize, np.uint8), torch.empty(parts, spec.hidden, device=device)
-        answer(layer, x, everywhere, 1, 0, *room, np.zeros(spec.router.experts, np.int64))
+        answer(layer, x, everywhere, 1, 0, *room, np.zeros((2, spec.router.experts), np.int64))

@@ -29,7 +29,7 @@ def answer(
     Args:
         meta: uint8 [>= 12 * P], gets PARTS and zeros.
         out: fp32 [>= P, H], gets the parts, which are not weighted.
-        counts: int64 [experts], counts the parts of each.
+        counts: int64 [2, experts], counts the parts of each expert, and the exchanges that activated it.
 
     Raises NoLiveHome.
     """
@@ -41,7 +41,8 @@ def answer(
     compute_parts(layer, rows, plan.parts, out[:parts])
     write_parts(meta[: parts * PARTS.itemsize], plan.parts.tokens, plan.parts.experts, plan.weights)
     meta[parts * PARTS.itemsize :] = 0
-    np.add.at(counts, plan.parts.experts, 1)
+    np.add.at(counts[0], plan.parts.experts, 1)
+    counts[1, np.unique(plan.parts.experts)] += 1
     return parts, plan.digest
 
 

@@ -66,8 +66,8 @@ class KnownPlacement:
 class ServerStats:
     """Counters since the start, written by the compute thread and read by anyone."""
 
-    expert_tokens: NDArray[np.int64]
-    """[layers, experts]: parts computed here, layers in ascending order."""
+    by_expert: NDArray[np.int64]
+    """[layers, 2, experts]: parts computed here, and exchanges that activated the expert; layers in ascending order."""
     frames: Counter[str] = field(default_factory=Counter)
     """By kind."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -116,8 +116,8 @@ class ExpertServer:
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._last_frame = 0.0
-        self.stats = ServerStats(np.zeros((len(layers), limits.experts), np.int64))
-        self._counts = dict(zip(sorted(layers), self.stats.expert_tokens, strict=True))
+        self.stats = ServerStats(np.zeros((len(layers), 2, limits.experts), np.int64))
+        self._counts = dict(zip(sorted(layers), self.stats.by_expert, strict=True))
 
     # ---- orders from other threads ----------------------------------------------------------------------
 

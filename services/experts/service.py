@@ -72,7 +72,8 @@ class ExpertsService:
         refused = {f"refused_{code}": count for code, count in stats.refused.copy().items()}
         for reason, count in (refused | stats.dropped.copy() | self._transport.dropped.copy()).items():
             yield sample("frames_dropped", count, reason=reason)
-        yield from expert_samples(stats.expert_tokens, self._moe_layers)
+        yield from expert_samples("expert_tokens", stats.by_expert[:, 0], self._moe_layers)
+        yield from expert_samples("expert_activations", stats.by_expert[:, 1], self._moe_layers)
 
     # ---- the placement ----------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class CpuKernels(RowKernels):
             table = self.expert_table({0: (matrix, matrix, matrix)})
             self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
         answering = self.answering(partial(self.route, x, weight, RouterSpec(experts=16, top_k=1)), x, table, "silu")
-        homes, counts, meta = np.ones(16, np.uint64), np.zeros(16, np.int64), np.zeros(24, np.uint8)
+        homes, counts, meta = np.ones(16, np.uint64), np.zeros((2, 16), np.int64), np.zeros(24, np.uint8)
         answering(torch.zeros(2, 16), homes, 1, 0, meta, torch.empty(2, 16), counts)
         self.gather(x, np.zeros((0, 4), np.int64), 1, homes)
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)

@@ -92,8 +92,9 @@ def answer(calls, gates, first, room, size, weights, ids, rows, k, x, homes, liv
     _write(meta.view(np.uint32), meta.view(np.float32), tokens, experts, own)
     if code == -1 and count and not _run_experts(calls + gates * native.CALL_BYTES, first, tokens, experts, out):
         return _EXPERTS_REFUSED, 0, digest
-    for e in experts:
-        counts[e] += 1
+    for p in range(count):
+        counts[0, experts[p]] += 1
+        counts[1, experts[p]] += p == 0 or experts[p] != experts[p - 1]
     return code, count, digest
 
 

@@ -17,8 +17,8 @@ IN_PROGRESS = 1
 """Status of a request; 0 is success, below 0 are errors."""
 TRUNCATED = -9
 """Status of a receive whose message was longer than its memory."""
-NOTHING, SENT = -1, -2
-"""What ``wait`` returns besides the number of a receive."""
+NOTHING, SENT = 0, -1
+"""What ``wait`` returns besides how many receives have ended."""
 _LAST_ERROR = -100
 """UCX returns pointers; seen as signed numbers, those from here to -1 are error codes."""
 _PROGRESS, _SEND, _RECEIVE, _CHECK, _FREE, _CANCEL, _ARM, _YIELD, _CLOCK, _POLL, _PLAIN, _NOW = range(12)
@@ -105,33 +105,32 @@ def _sleep(api, worker, files, longest):
 
 
 @kernel
-def wait(api, worker, files, receives, sends, state, together, times):
+def wait(api, worker, files, receives, statuses, sends, woken, together, times):
     """Drive UCX until something ends: polling for a while, then asleep in between.
 
     Args:
         files: see ``files``.
         receives, sends: int64, requests.
-        state: int64 [2]. Another thread makes the first 1 to end the wait; the second gets the status of the receive
-            that is returned, whose request is freed.
+        statuses: int64, one for each receive: IN_PROGRESS, or how it ended; then its request is freed.
+        woken: int64 [1]; another thread makes it 1 to end the wait.
         together: how many receives shall have ended.
         times: up to when the core is only yielded, and when to end: nanoseconds of the monotonic clock.
 
     Returns:
-        The number of the first receive that has ended, when as many as wanted have or the wait is over; SENT when a
-        send has ended; NOTHING when woken or late.
+        How many receives have ended, when as many as wanted have or the wait is over; SENT when a send has ended;
+        NOTHING when woken or late.
     """
     polled, until = times
     while True:
         call_native(api[_PROGRESS], (worker,))
-        first, done = NOTHING, 0
-        for i in range(len(receives)):
-            if _status(api, receives[i]) != IN_PROGRESS:
-                first, done = i if first == NOTHING else first, done + 1
-        now = _time(api)
-        over = state[0] != 0 or now >= until
-        if done >= together or (over and done):
-            state[1] = ended(api, receives[first])
-            return first
+        done, now = 0, _time(api)
+        for request in receives:
+            done += _status(api, request) != IN_PROGRESS
+        over = woken[0] != 0 or now >= until
+        if done and (over or done >= together):
+            for i in range(len(receives)):
+                statuses[i] = ended(api, receives[i])
+            return done
         for request in sends:
             if _status(api, request) != IN_PROGRESS:
                 return SENT
@@ -151,4 +150,4 @@ def compile_functions() -> None:
     ended.compile((table, number))
     cancel.compile((table, number, number))
     times = types.UniTuple(number, 2)
-    wait.compile((table, number, table, table, table, table, number, times))
+    wait.compile((table, number, table, table, table, table, table, number, times))

@@ -9,6 +9,7 @@ import ctypes
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,9 @@ class UcxTransport:
         self._free: list[ReceiveSlot] = []
         self._posted: list[ReceiveSlot] = []
         self._awaiting_rows: list[ReceiveSlot] = []
+        self._ready: deque[ReceiveSlot] = deque()
+        """Frames that came together with one that was delivered."""
+        self._statuses = np.empty(2 * receive_slots, np.int64)
         self._post_receives()
 
     def _start_worker(self, tls: str) -> None:
@@ -98,7 +102,7 @@ class UcxTransport:
 
     def _start_waiting(self) -> None:
         self._wake_lock = threading.Lock()
-        self._state = np.zeros(2, np.int64)
+        self._woken = np.zeros(1, np.int64)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._files = ucp.files(self._worker.epoll_file_descriptor, self._wake_fd)
 
@@ -152,6 +156,8 @@ class UcxTransport:
     # ---- receiving ------------------------------------------------------------------------------------------
 
     def receive(self, timeout: float, busy: bool = True, together: int = 1) -> Incoming | None:
+        if self._ready:
+            return self._ready.popleft()
         deadline = time.monotonic() + timeout
         while True:
             self._post_receives()
@@ -160,7 +166,7 @@ class UcxTransport:
                 self._nap = self._first_nap
                 return frame
             self._replace_stuck_receives()
-            if self._state[0] or time.monotonic() >= deadline:
+            if self._woken[0] or time.monotonic() >= deadline:
                 self._settle()
                 return None
             self._nap = min(self._nap * 2, IDLE_SLEEP_S)
@@ -173,31 +179,39 @@ class UcxTransport:
             waiting = self._awaiting_rows + self._posted  # what began to arrive first is delivered first
             receives = np.array([slot.request for slot in waiting], np.int64)
             sends = np.array([request for peer in self._sending for request in peer.requests], np.int64)
-            count = max(1, min(together, len(waiting)))
-            what = ucp.wait(self._ucx.functions, self._handle, self._files, receives, sends, self._state, count, times)
+            what = ucp.wait(
+                self._ucx.functions, self._handle, self._files, receives, self._statuses[: len(waiting)], sends,
+                self._woken, min(together, len(waiting)), times,
+            )  # fmt: skip
             if what == ucp.NOTHING:
                 return None
             if what == ucp.SENT:
                 self._sending = [peer for peer in self._sending if peer.advance()]
                 continue
-            slot = waiting[what]
-            (self._awaiting_rows if slot.expects_rows else self._posted).remove(slot)
-            frame = self._accept(slot, int(self._state[1]))
-            if frame is not None:
-                return frame
+            self._take_ended(waiting)
+            if self._ready:
+                return self._ready.popleft()
             self._post_receives()
+
+    def _take_ended(self, waiting: list[ReceiveSlot]) -> None:
+        for slot, status in zip(waiting, self._statuses.tolist(), strict=False):
+            if status != ucp.IN_PROGRESS:
+                (self._awaiting_rows if slot.expects_rows else self._posted).remove(slot)
+                frame = self._accept(slot, status)
+                if frame is not None:
+                    self._ready.append(frame)
 
     def _settle(self) -> None:
         """Take notice of a ``wake``."""
-        if self._state[0]:
-            self._state[0] = 0
+        if self._woken[0]:
+            self._woken[0] = 0
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
 
     def wake(self) -> None:
         with self._wake_lock:
             if not self._closed:
-                self._state[0] = 1
+                self._woken[0] = 1
                 os.eventfd_write(self._wake_fd, 1)
 
     def _accept(self, slot: ReceiveSlot, status: int) -> ReceiveSlot | None:

@@ -112,7 +112,8 @@ def test_parts_come_sorted_with_weights_and_echo_the_question(asker):
         assert np.array_equal(row.numpy(), asker.layers[LAYERS[1]].expert(expert, rows[token].numpy()))
     asker.settle()
     stats = asker.server.stats
-    assert stats.expert_tokens.sum() == stats.parts == len(parts)
+    assert stats.by_expert[:, 0].sum() == stats.parts == len(parts)
+    assert stats.by_expert[1, 1].tolist() == [int(e in parts["expert"]) for e in range(EXPERTS)]
     assert [a[0] for a in asker.traced] == [(bytes(range(16)), bytes(range(8)))]
 
 

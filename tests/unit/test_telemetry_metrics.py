@@ -46,7 +46,7 @@ def test_tokens_per_expert_carry_the_checkpoint_layer():
     counts = np.zeros((2, 4), np.int64)
     counts[1, 3] = 12
     telemetry = Telemetry("experts", "e", "test")
-    telemetry.collect(lambda: expert_samples(counts, (0, 5)))
+    telemetry.collect(lambda: expert_samples("expert_tokens", counts, (0, 5)))
     tokens = {k[1]: v for k, v in scrape(telemetry).items() if k[0] == "moemesh_expert_tokens_total"}
     assert tokens == {(("expert", "3"), ("layer", "5")): 12}
 
