@@ -22,7 +22,9 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
     Numba itself would notice a change only in the file of the outermost kernel. Never beside the sources, which may be
     read-only; never one that another user could have filled.
     """
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    compiled = (here.glob("*.py"), (here.parent / "scheduling").glob("*.py"), [here.parent / "activation.py"])
+    sources = [source for sources in compiled for source in sorted(sources)]
     digest = hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
     home = environ.get("XDG_CACHE_HOME") or (environ.get("HOME", "") and environ["HOME"] + "/.cache")
     temporary = Path(tempfile.gettempdir()) / f"moemesh-{os.getuid()}"
