@@ -22,8 +22,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def choose(policy, ids, homes, live, replicas, load):
     """Fill ``replicas`` and ``load`` by a policy.
 
-    ids, replicas int32 [T, k] in C order; homes uint64 [E]; live uint64; load int32 [64], the distinct experts that each
-    instance activates. Returns DONE, BAD_ID, or the lowest activated expert that has no live home.
+    ids, replicas int32 [T, k] in C order; homes uint64 [E]; live uint64; load int32 [64], the distinct experts that
+    each instance activates. Returns DONE, BAD_ID, or the lowest activated expert that has no live home.
     """
     flat, out = ids.ravel(), replicas.ravel()
     hosts = np.zeros(len(homes), np.uint64)

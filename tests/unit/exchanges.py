@@ -1,5 +1,7 @@
 """Random exchanges for tests of replica choice."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -31,7 +33,7 @@ def plain_choice(hosts: dict[int, list[int]]) -> dict[int, int]:
         chosen[e] = min(hosts[e], key=lambda i: (load[i], i))
         load[chosen[e]] += 1
     while chain := plain_chain(hosts, chosen, load):
-        for source, target in reversed(list(zip(chain, chain[1:], strict=False))):
+        for source, target in reversed(list(pairwise(chain))):
             moved = min(e for e in hosts if chosen[e] == source and target in hosts[e])
             chosen[moved] = target
         load[chain[0]] -= 1
