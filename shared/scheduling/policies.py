@@ -18,4 +18,7 @@ class Policy(StrEnum):
     @property
     def code(self) -> int:
         """What the kernels call it."""
-        return list(Policy).index(self)
+        return _CODES[self]
+
+
+_CODES = {policy: code for code, policy in enumerate(Policy)}

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from shared.errors import MoemeshError
 
 DOMINANT_SHARE, DOMINANT_RATIO, DOMINANT_ROWS = 0.1, 4, 50
-"""Rows that all chose the same experts are taken for warm-up passes with dummy tokens when they are that share of a layer,
-that many times the next most frequent ones, and at least that many."""
+"""Rows that all chose the same experts are taken for warm-up passes with dummy tokens when they are that share of a
+layer, that many times the next most frequent ones, and at least that many."""
 
 
 class BadTrace(MoemeshError):
