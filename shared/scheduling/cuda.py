@@ -1,10 +1,10 @@
 """Replica choice on CUDA, without a copy to the host: the policy "activated", with the results of kernels.py.
 
-Three Triton kernels: the union of the activated experts, the choice in one program of one warp, and the rewriting of the
-choices. Needs Triton, which CUDA builds of torch bring along; import this module only where it is used.
+Three Triton kernels: the union of the activated experts, the choice in one program of one warp, and the rewriting of
+the choices. Needs Triton, which CUDA builds of torch bring along; import this module only where it is used.
 """
-# ruff: noqa: ANN001, ANN201, ANN202 - Triton infers the types
-# pyright: reportMissingImports=false, reportInvalidTypeForm=false
+# ruff: noqa: ANN001, ANN202 - Triton infers the types
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportIndexIssue=false
 
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ def _count_bits(mask):
 
 @triton.jit
 def _balance(marks, homes, live, chosen_out, activated, status, experts, size: tl.constexpr, instances: tl.constexpr):
-    """The greedy and the chains of kernels.py; ``hosts`` and ``chosen`` [size], ``load`` [instances] stay in registers."""
+    """The greedy and the chains of kernels.py; hosts and chosen [size] and load [instances] stay in registers."""
     e_all, i_all = tl.arange(0, size), tl.arange(0, instances)
     active = (tl.load(marks + e_all, mask=e_all < experts, other=0) != 0) & (e_all < experts)
     hosts = tl.where(active, tl.load(homes + e_all, mask=e_all < experts, other=0) & live, 0)
