@@ -21,6 +21,11 @@ from shared.transport.base import body_offset
 PARTS = np.dtype([("token", "<u4"), ("expert", "<u4"), ("weight", "<f4")])
 """One part: row of the exchange, logical expert, gate weight. The meta of a COMBINE frame is an array of them."""
 
+PROBLEMS = ("", "a part names a row or expert that does not exist", "an expert was computed where it has no home",
+            "a row has more parts than chosen experts", "a part came twice", "a row lacks parts")  # fmt: skip
+"""What can be wrong with the replies to an exchange."""
+INCOMPLETE = 5
+
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME = np.uint64(0x100000001B3)
 _SHIFT = np.uint64(32)
@@ -207,6 +212,37 @@ def _by_row(tokens, index):  # noqa: ANN001, ANN202
         t = tokens[p]
         index[t, counts[t]] = p
         counts[t] += 1
+
+
+@njit(cache=True, nogil=True)
+def place_parts(parts, part_weights, reply, instance, homes, counts, experts, source, index, weights):  # noqa: ANN001, ANN201
+    """Insert one reply's parts in ascending order of experts; returns a number of PROBLEMS.
+
+    Args:
+        parts, part_weights: the reply's PARTS, as uint32 and as fp32 [P, 3].
+        reply, instance: its number, and the bit of who sent it.
+        homes: uint64 [E].
+        counts: int32 [T], how many parts each row has so far.
+        experts, source, index, weights: [T, k], get each part's expert, reply, number there and weight.
+    """
+    for p in range(len(parts)):
+        t, e = parts[p, 0], parts[p, 1]
+        if t >= len(counts) or e >= len(homes):
+            return 1
+        if not (homes[e] >> np.uint64(instance)) & np.uint64(1):
+            return 2
+        j = counts[t]
+        if j == experts.shape[1]:
+            return 3
+        while j > 0 and experts[t, j - 1] > e:
+            experts[t, j], source[t, j] = experts[t, j - 1], source[t, j - 1]
+            index[t, j], weights[t, j] = index[t, j - 1], weights[t, j - 1]
+            j -= 1
+        if j > 0 and experts[t, j - 1] == e:
+            return 4
+        experts[t, j], source[t, j], index[t, j], weights[t, j] = e, reply, p, part_weights[p, 2]
+        counts[t] += 1
+    return 0
 
 
 def longest_frame(rows: int, top_k: int, hidden: int) -> int:

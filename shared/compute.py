@@ -129,6 +129,8 @@ async def _open(
     checkpoint = await loop.run_in_executor(executor, open_checkpoint, config.model)
     await instance.join(checkpoint.facts())
     where, cores = torch.device(device), parse_cores("--cores", config.cores) or os.sched_getaffinity(0)
+    if where.type == "cuda":  # what UCX does in this thread happens on the current device
+        await loop.run_in_executor(executor, torch.cuda.set_device, where)
     busy = frozenset(cores if config.keep_awake and where.type == "cpu" and profile is None else ())
     return ComputeSide(instance, where, threads, checkpoint, profile, busy, executor, loop)
 

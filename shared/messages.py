@@ -92,6 +92,8 @@ class ExpertFacts(Message):
     placement: Count = 0
     """Newest placement version whose homes on this instance are all loaded."""
     replicas: Count = 0
+    cores: tuple[Count, ...] = ()
+    """Those that its compute thread may use, on a CPU."""
 
 
 class Heartbeat(Message):

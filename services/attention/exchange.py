@@ -24,6 +24,8 @@ class ExpertInstance:
     """Worker address on the data plane."""
     last_seen: float
     """``time.monotonic()`` of its newest heartbeat: ends a suspicion that is older."""
+    cores: frozenset[int] = frozenset()
+    """Cores of this node on which it computes."""
 
 
 @dataclass(frozen=True, slots=True)

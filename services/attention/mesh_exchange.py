@@ -8,16 +8,14 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from services.attention.exchange import Handle, View
 from services.attention.pending import ExchangeStats, Inbox, Pending
-from services.attention.replies import Arrangement
+from services.attention.replies import Sum
 from services.attention.stats import exchange_samples
 from services.attention.targets import Targets
-from shared.activation import PARTS
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
 from shared.metrics import Sample
@@ -66,17 +64,13 @@ class MeshExchange:
         self._stats = ExchangeStats()
         self._inbox = Inbox(self._targets, self._stats, mesh, hidden)
         self._top_k = top_k
-        self._arrangement = Arrangement(top_k)
+        self._sum = Sum(kernels, top_k)
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
 
     def warm_up(self, layer: int, x: Tensor) -> None:
-        parts = np.zeros(self._top_k, PARTS)
-        parts["expert"] = np.arange(self._top_k)
-        self._arrangement.fill(1, [(0, parts.view(np.uint8))], np.ones(self._top_k, np.uint64))
-        rows = torch.zeros(self._top_k, x.shape[1], device=x.device)
-        self._kernels.combine(x, [rows], *self._arrangement.tensors(x.device))
+        self._sum.warm_up(x)
 
     def foresee(self, view: View) -> None:
         self._members = frozenset(instance.incarnation for instance in view.instances.values())
@@ -134,9 +128,7 @@ class MeshExchange:
         assert isinstance(handle, Pending)  # ours: dispatch made it
         start = time.monotonic()
         try:
-            self._gather(handle)
-            rows = [reply.rows for reply in handle.replies.values()]
-            self._kernels.combine(x, rows, *self._arrangement.tensors(x.device))
+            self._gather(handle, x)
             self._stats.exchanges += 1
             self._stats.seconds.observe(time.monotonic() - handle.started)
         except ExchangeUnavailable:
@@ -146,14 +138,14 @@ class MeshExchange:
             self._close(handle)
             self._stats.waited += time.monotonic() - start
 
-    def _gather(self, pending: Pending) -> None:
-        """Return when all replies are here, agree and are arranged."""
+    def _gather(self, pending: Pending, x: Tensor) -> None:
+        """Return when all replies are here, agree and are added to ``x``."""
         if pending.sequence not in self._inbox.open:
             raise ExchangeUnavailable(pending.layer, [], "the exchange was given up")
         while True:
             while pending.missing:
                 self._wait(pending)
-            reason = self._verify(pending)
+            reason = self._add(pending, x)
             if not reason:
                 return
             self._disagree(pending, reason)
@@ -161,7 +153,7 @@ class MeshExchange:
     def _wait(self, pending: Pending) -> None:
         """Until one frame, the retry of a refusal or the deadline; acts on the latter two."""
         due = min(pending.deadline, pending.retry_at)
-        received = self._receive(min(due - time.monotonic(), SLICE_S))
+        received = self._receive(min(due - time.monotonic(), SLICE_S), together=pending.missing.bit_count())
         now = time.monotonic()
         if now >= pending.deadline:
             self._catch_up()
@@ -182,14 +174,14 @@ class MeshExchange:
             if not self._receive(0.0):
                 return
 
-    def _verify(self, pending: Pending) -> str:
-        """Why the replies cannot be summed, "" when they can."""
+    def _add(self, pending: Pending, x: Tensor) -> str:
+        """Add all parts to ``x``. Returns why that cannot be, "" when it is done."""
         replies = pending.replies
         if len({reply.header.digest for reply in replies.values()}) > 1:
             pending.problem = "replicas were chosen differently"
             return "digest"
-        sources = [(bit.bit_length() - 1, reply.meta) for bit, reply in replies.items()]
-        problem = self._arrangement.fill(len(pending.rows), sources, self._targets.homes[pending.layer])
+        sources = [(bit.bit_length() - 1, reply) for bit, reply in replies.items()]
+        problem = self._sum.add(sources, self._targets.homes[pending.layer], x)
         pending.problem = problem or pending.problem
         return "parts" if problem else ""
 
@@ -296,8 +288,8 @@ class MeshExchange:
         layer, nothing = next(iter(self._targets.homes)), torch.empty(0, self._hidden)
         self._send(Pending(layer, 0, nothing, now, now, 0.0, 0.0, self._targets.live), suspects)
 
-    def _receive(self, timeout: float, busy: bool = True) -> bool:
-        incoming = self._transport.receive(max(timeout, 0.0), busy)
+    def _receive(self, timeout: float, busy: bool = True, together: int = 1) -> bool:
+        incoming = self._transport.receive(max(timeout, 0.0), busy, together)
         if incoming is None:
             return False
         self._inbox.take(incoming)

@@ -1,20 +1,58 @@
-"""Checks the parts of all replies to one exchange and arranges them for ``Kernels.combine``.
+"""Checks the parts of all replies to one exchange, arranges and adds them.
 
 Pure arithmetic on arrays that are reused from exchange to exchange; knows neither time nor transport.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.activation import PARTS
+from shared.activation import INCOMPLETE, PARTS, PROBLEMS, place_parts
+from shared.kernels.base import Kernels
+from shared.transport.base import Incoming
 
-PROBLEMS = ("", "a part names a row or expert that does not exist", "an expert was computed where it has no home",
-            "a row has more parts than chosen experts", "a part came twice")  # fmt: skip
+PART_BYTES = PARTS.itemsize
+
+
+class Sum:
+    """Adds replies to the residual stream: in one call where the kernels have one, else step by step."""
+
+    def __init__(self, kernels: Kernels, top_k: int) -> None:
+        self._kernels = kernels
+        self._top_k = top_k
+        self._arrangement = Arrangement(top_k)
+
+    def add(self, replies: Sequence[tuple[int, Incoming]], homes: NDArray[np.uint64], x: Tensor) -> str:
+        """x [T, H] += the weighted parts of all replies, each with the bit of its sender, in ascending expert order.
+
+        homes: uint64 [experts], where an expert may have been computed. Returns what is wrong, "" when it is done.
+        """
+        table = [(bit, reply.meta_address, reply.rows.data_ptr(), len(reply.rows)) for bit, reply in replies]
+        code = self._kernels.gather(x, np.array(table, np.int64), self._top_k, homes)
+        if code is not None:
+            return PROBLEMS[code]
+        metas = ((bit, reply.meta[: len(reply.rows) * PART_BYTES]) for bit, reply in replies)
+        return self._arrange(x, metas, [reply.rows for _, reply in replies], homes)
+
+    def warm_up(self, x: Tensor) -> None:
+        """Compile what ``add`` runs, on x [1, H], which it does not change."""
+        parts, homes = np.zeros(self._top_k, PARTS), np.ones(self._top_k, np.uint64)
+        parts["expert"] = np.arange(self._top_k)
+        rows = torch.zeros(self._top_k, x.shape[1], device=x.device)
+        table = np.array([(0, parts.ctypes.data, rows.data_ptr(), self._top_k)], np.int64)
+        if self._kernels.gather(x, table, self._top_k, homes) is None:
+            self._arrange(x, [(0, parts.view(np.uint8))], [rows], homes)
+
+    def _arrange(
+        self, x: Tensor, metas: Iterable[tuple[int, NDArray[np.uint8]]], rows: list[Tensor], homes: NDArray[np.uint64]
+    ) -> str:
+        problem = self._arrangement.fill(len(x), metas, homes)
+        if not problem:
+            self._kernels.combine(x, rows, *self._arrangement.tensors(x.device))
+        return problem
 
 
 class Arrangement:
@@ -43,11 +81,11 @@ class Arrangement:
         parts = 0
         for source, (instance, meta) in enumerate(replies):
             table = meta.view(np.uint32).reshape(-1, 3)
-            code = _place(table, table.view(np.float32), source, instance, homes, *self._views)
+            code = place_parts(table, table.view(np.float32), source, instance, homes, *self._views)
             if code:
                 return PROBLEMS[code]
             parts += len(table)
-        return "" if parts == rows * self._top_k else f"{parts} parts for {rows} rows of {self._top_k}"
+        return PROBLEMS[0 if parts == rows * self._top_k else INCOMPLETE]
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """source, index, weights for ``Kernels.combine``; valid until the next ``fill``."""
@@ -78,29 +116,3 @@ class Arrangement:
         self._views = (self._counts[:rows], *arrays)
         source, index, weights = (torch.from_numpy(array) for array in arrays[1:])
         self._tensors = source, index, weights
-
-
-@njit(cache=True, nogil=True)
-def _place(parts, part_weights, reply, instance, homes, counts, experts, source, index, weights):  # noqa: ANN001, ANN202
-    """Insert one reply's parts in expert order; returns an index into PROBLEMS."""
-    for p in range(len(parts)):
-        t, e = parts[p, 0], parts[p, 1]
-        if t >= len(counts) or e >= len(homes):
-            return 1
-        if not (homes[e] >> np.uint64(instance)) & np.uint64(1):
-            return 2
-        j = counts[t]
-        if j == experts.shape[1]:
-            return 3
-        while j > 0 and experts[t, j - 1] > e:
-            experts[t, j], source[t, j] = experts[t, j - 1], source[t, j - 1]
-            index[t, j], weights[t, j] = index[t, j - 1], weights[t, j - 1]
-            j -= 1
-        if j > 0 and experts[t, j - 1] == e:
-            return 4
-        experts[t, j], source[t, j], index[t, j], weights[t, j] = e, reply, p, part_weights[p, 2]
-        counts[t] += 1
-    return 0
-
-
-PART_BYTES = PARTS.itemsize

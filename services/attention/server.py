@@ -25,10 +25,13 @@ REFRESH_S = 1.0
 DRAIN_POLL_S = 0.02
 
 
-def build_view(placement: Placement | None, members: Members, digest: str) -> View:
-    """The expert instances of our model that answer exchanges: READY ones, and DRAINING ones until they are gone."""
+def build_view(placement: Placement | None, members: Members, digest: str, node: str = "") -> View:
+    """What an attention instance on ``node`` sees of the expert instances of our model.
+
+    Those that answer exchanges: READY ones, and DRAINING ones until they are gone.
+    """
     experts = (m for m in members.all() if m.heartbeat.kind is Kind.EXPERTS and _answers(m, digest))
-    return View(placement, {m.id: _expert(m) for m in experts})
+    return View(placement, {m.id: _expert(m, node) for m in experts})
 
 
 def _answers(member: Member, digest: str) -> bool:
@@ -37,9 +40,11 @@ def _answers(member: Member, digest: str) -> bool:
     return same_model and heartbeat.experts is not None and heartbeat.state in (State.READY, State.DRAINING)
 
 
-def _expert(member: Member) -> ExpertInstance:
-    assert member.heartbeat.experts is not None
-    return ExpertInstance(member.id, member.heartbeat.incarnation, member.heartbeat.experts.address, member.last_seen)
+def _expert(member: Member, node: str) -> ExpertInstance:
+    heartbeat = member.heartbeat
+    assert heartbeat.experts is not None
+    cores = frozenset(heartbeat.experts.cores if heartbeat.node == node else ())
+    return ExpertInstance(member.id, heartbeat.incarnation, heartbeat.experts.address, member.last_seen, cores)
 
 
 class AttentionServer:
@@ -160,7 +165,7 @@ class AttentionServer:
         newest, members = self._watch.current, self._instance.members
         if newest and newest.digest == self._digest and adoptable(newest, members):
             self._adopted = newest
-        view = build_view(self._adopted, members, self._digest)
+        view = build_view(self._adopted, members, self._digest, self._instance.node)
         self._foresee(view)
         self._engine.update(view)
         self._check_leases()

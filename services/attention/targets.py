@@ -4,6 +4,7 @@ Sends nothing but connects; judges instances only by what the exchange reports a
 """
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Container, Mapping
@@ -45,6 +46,11 @@ def covers(mask: int, homes: NDArray[np.uint64]) -> bool:
     return bool(np.all(homes & np.uint64(mask)))
 
 
+def _shares_our_core(instance: ExpertInstance) -> bool:
+    """True: to be told last, for it may begin at once, on the core of the thread that has others to tell."""
+    return not instance.cores.isdisjoint(os.sched_getaffinity(0))
+
+
 class Targets:
     """Connected expert instances, as bits of the current placement."""
 
@@ -65,7 +71,7 @@ class Targets:
         """Addresses that could not be connected, by instance id."""
 
     def update(self, view: View) -> list[Peer]:
-        """Connect newcomers, forget those that left, take the placement. Returns the new peers."""
+        """Connect newcomers, forget who left, take the placement; in the thread that sends. Returns the new peers."""
         if view is self._view:
             return []
         wanted = {instance.incarnation: instance for instance in view.instances.values()}
@@ -163,7 +169,8 @@ class Targets:
     def _place(self, instances: Mapping[str, ExpertInstance]) -> dict[int, int]:
         ids = self.placement.instances if self.placement else ()
         found = ((index, instances.get(name)) for index, name in enumerate(ids))
-        return {i.incarnation: 1 << index for index, i in found if i and i.incarnation in self._peers}
+        bits = {i: 1 << index for index, i in found if i and i.incarnation in self._peers}
+        return {i.incarnation: bits[i] for i in sorted(bits, key=_shares_our_core)}
 
     def _present(self) -> int:
         return sum(bit for i, bit in self._bits.items() if i not in self._lost)

@@ -3,6 +3,7 @@
 All of it happens in the compute thread, to which the data plane belongs from then on.
 """
 
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -10,15 +11,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from services.experts.compute import plan_parts
+from services.experts.compute import answer, plan_parts
 from services.experts.server import ExpertServer, Record, ServerLimits
 from services.experts.store import ExpertStore
-from shared.activation import PARTS, write_parts
+from shared.activation import PARTS
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig
 from shared.keep_awake import KeepAwake
 from shared.kernels.base import select_kernels
-from shared.models.moe import MoeLayer, compute_parts
+from shared.models.moe import MoeLayer
 from shared.models.precision import choose_precision
 from shared.models.spec import ModelSpec
 from shared.pace import Pace
@@ -34,6 +35,8 @@ class Built:
     transport: Transport
     pace: Pace
     awake: KeepAwake
+    cores: tuple[int, ...]
+    """Of the compute thread, on a CPU."""
 
     def run(self) -> None:
         """The compute thread's work until ``server.stop``."""
@@ -57,7 +60,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
     server = ExpertServer(
         transport,
         layers,
-        ServerLimits(spec.hidden, dtype, config.max_batched_tokens, spec.router.experts),
+        ServerLimits(spec.hidden, dtype, config.max_batched_tokens, spec.router.experts, spec.router.top_k),
         mesh=side.mesh,
         incarnation=side.instance.incarnation,
         record=record,
@@ -71,7 +74,8 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         digest=checkpoint.digest,
         experts=spec.router.experts,
     )
-    return Built(server, store, transport, pace, awake)
+    cores = tuple(sorted(os.sched_getaffinity(0))) if device.type == "cpu" else ()
+    return Built(server, store, transport, pace, awake, cores)
 
 
 def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
@@ -81,7 +85,6 @@ def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch
         x = torch.ones(rows, spec.hidden, device=device, dtype=dtype)
         plan = plan_parts(layer, x, everywhere, live=1, instance=0)
         layer.load(set(plan.parts.experts.tolist()))  # these only: an expert may have to be unpacked or copied
-        out = torch.empty(len(plan.weights), spec.hidden, device=device)
-        compute_parts(layer, x, plan.parts, out)
-        meta = np.empty(len(plan.weights) * PARTS.itemsize, np.uint8)
-        write_parts(meta, plan.parts.tokens, plan.parts.experts, plan.weights)
+        parts = len(plan.weights)
+        room = np.empty(parts * PARTS.itemsize, np.uint8), torch.empty(parts, spec.hidden, device=device)
+        answer(layer, x, everywhere, 1, 0, *room, np.zeros(spec.router.experts, np.int64))

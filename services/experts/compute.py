@@ -10,8 +10,39 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.activation import Parts, plan_exchange
-from shared.models.moe import ExpertLayer, weights_of_sum
+from shared.activation import PARTS, Parts, plan_exchange, write_parts
+from shared.models.moe import ExpertLayer, compute_parts, weights_of_sum
+
+
+def answer(
+    layer: ExpertLayer,
+    rows: Tensor,
+    homes: NDArray[np.uint64],
+    live: int,
+    instance: int,
+    meta: NDArray[np.uint8],
+    out: Tensor,
+    counts: NDArray[np.int64],
+) -> tuple[int, int]:
+    """Gate rows [T, H] and compute the P parts of ``instance``. Returns P and the digest of all choices.
+
+    Args:
+        meta: uint8 [>= 12 * P], gets PARTS and zeros.
+        out: fp32 [>= P, H], gets the parts, which are not weighted.
+        counts: int64 [experts], counts the parts of each.
+
+    Raises NoLiveHome.
+    """
+    at_once = layer.answering(rows)
+    if at_once is not None:
+        return at_once(rows, homes, live, instance, meta, out, counts)
+    plan = plan_parts(layer, rows, homes, live, instance)
+    parts = len(plan.weights)
+    compute_parts(layer, rows, plan.parts, out[:parts])
+    write_parts(meta[: parts * PARTS.itemsize], plan.parts.tokens, plan.parts.experts, plan.weights)
+    meta[parts * PARTS.itemsize :] = 0
+    np.add.at(counts, plan.parts.experts, 1)
+    return parts, plan.digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from services.experts.compute import Plan, plan_parts
-from shared.activation import PARTS, NoLiveHome, layer_homes, write_parts
+from services.experts.compute import answer
+from shared.activation import PARTS, NoLiveHome, layer_homes
 from shared.errors import TransportError
 from shared.keep_awake import KeepAwake, LetHalt
 from shared.messages import Placement
-from shared.models.moe import ExpertLayer, compute_parts
+from shared.models.moe import ExpertLayer
 from shared.pace import UNPACED, Pace
 from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Refusal, Transport
@@ -42,6 +42,8 @@ class ServerLimits:
     max_rows: int
     experts: int
     """Routed experts per layer."""
+    top_k: int
+    """Experts per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,13 @@ class ExpertServer:
         self._record = record
         self._pace = pace
         self._awake = awake or LetHalt()
-        self._row_of = {layer: row for row, layer in enumerate(sorted(layers))}
         self._placements: dict[int, KnownPlacement] = {}  # by version; a new epoch may write it again, unchanged
         self._peers: dict[int, tuple[bytes, Peer]] = {}  # by incarnation
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._last_frame = 0.0
         self.stats = ServerStats(np.zeros((len(layers), limits.experts), np.int64))
+        self._counts = dict(zip(sorted(layers), self.stats.expert_tokens, strict=True))
 
     # ---- orders from other threads ----------------------------------------------------------------------
 
@@ -230,21 +232,24 @@ class ExpertServer:
     def _answer(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
         header, start, began = incoming.header, time.time_ns(), time.monotonic()
         layer, rows = self._layers[header.layer], incoming.rows.to(self._limits.dtype)
+        most = header.rows * self._limits.top_k
         try:
             homes = placement.homes[header.layer]
-            plan = plan_parts(layer, rows, homes, header.live, placement.instance)
+            frame = self._transport.outgoing(most * PARTS.itemsize, most, self._limits.hidden, torch.float32)
+            parts, digest = answer(
+                layer, rows, homes, header.live, placement.instance, frame.meta, frame.rows, self._counts[header.layer]
+            )
         except NoLiveHome as error:
             self._refuse(peer, header, Refusal.NO_HOME, str(error))
             return
-        parts = len(plan.weights)
-        frame = self._transport.outgoing(parts * PARTS.itemsize, parts, self._limits.hidden, torch.float32)
-        compute_parts(layer, rows, plan.parts, frame.rows)
-        write_parts(frame.meta, plan.parts.tokens, plan.parts.experts, plan.weights)
-        self._pace.experts(began, plan.parts.experts)
+        frame.keep(parts)
+        if self._pace.name:
+            self._pace.experts(began, frame.meta.view(PARTS)["expert"][:parts])
         reply = self._reply(FrameKind.COMBINE, header)
-        reply.digest = plan.digest
+        reply.digest = digest
         self._transport.send([peer], reply, frame)
-        self._count(header.layer, plan, reply)
+        self.stats.parts += parts
+        self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
         trace = header.trace_id, header.span_id
         if self._record and trace != NO_TRACE:
             self._record(trace, start, time.time_ns(), header.layer, parts)
@@ -261,8 +266,3 @@ class ExpertServer:
             kind, self._mesh, self._incarnation, asked.sequence, asked.attempt, asked.epoch, asked.group,
             asked.placement, asked.live, asked.layer, trace_id=asked.trace_id, span_id=asked.span_id,
         )  # fmt: skip
-
-    def _count(self, layer: int, plan: Plan, reply: Header) -> None:
-        self.stats.parts += len(plan.weights)
-        self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
-        self.stats.expert_tokens[self._row_of[layer]] += np.bincount(plan.parts.experts, minlength=self._limits.experts)

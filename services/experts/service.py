@@ -28,7 +28,7 @@ class ExpertsService:
     def __init__(self, instance: Instance, built: Built, moe_layers: tuple[int, ...]) -> None:
         self._instance = instance
         self._server, self._store, self._transport = built.server, built.store, built.transport
-        self._pace = built.pace
+        self._pace, self._cores = built.pace, built.cores
         self._moe_layers = moe_layers
         self._kept: list[Placement] = []
         """What is answered, oldest first: at most two versions."""
@@ -38,7 +38,9 @@ class ExpertsService:
 
     def facts(self) -> ExpertFacts:
         """The heartbeat's part about this instance."""
-        return ExpertFacts(address=self._transport.address, placement=self._version, replicas=self._replicas)
+        return ExpertFacts(
+            address=self._transport.address, placement=self._version, replicas=self._replicas, cores=self._cores
+        )
 
     async def start(self, watch: PlacementWatch) -> None:
         """Take the placement that is there, then follow it in the background. Raises ModelError."""

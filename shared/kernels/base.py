@@ -1,8 +1,9 @@
 """The seam between models and devices: every arithmetic step of the decoder and the experts.
 
-Two implementations: ``cpu`` (numba, bf16 weights, fp32 arithmetic) and ``reference`` (plain torch, any device; the
-yardstick in tests and what runs on CUDA). On CPU every output row has a fixed order of operations, whatever the number
-of rows: that is what the exactness contract rests on. Activations are fp32 on CPU and the model's dtype on CUDA.
+Three implementations: ``cpu`` (numba, bf16 weights, fp32 arithmetic), ``reference`` (plain torch, any device; the
+yardstick in tests) and ``cuda`` (the reference, but for experts, attention and graphs). On CPU every output row has a
+fixed order of operations, whatever the number of rows: that is what the exactness contract rests on. Activations are
+fp32 on CPU and the model's dtype on CUDA.
 
 T = rows (tokens) of this call, H = hidden size, P = parts (token, chosen expert) of this call.
 """
@@ -11,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.kernels.weights import Weight
@@ -29,6 +32,10 @@ class ExpertTable(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of what the table keeps: all weights of its experts as kernels read them. On CPU they may be mapped."""
+        ...
+
+    def without(self, experts: frozenset[int]) -> "ExpertTable":
+        """A table of the others. Nobody may compute with these any more, not with the old table either."""
         ...
 
 
@@ -146,10 +153,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> ExpertTable:
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None) -> ExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]), then the biases of all three or none.
 
-        They stay as they are: on CPU mapped, FP8 at one byte per weight.
+        They stay as they are: on CPU mapped, on CUDA copied side by side, FP8 at one byte per weight. ``beside``: a
+        table whose experts this one has too. Who computes with that one may go on; it serves so once only.
         """
         ...
 
@@ -162,6 +170,15 @@ class Kernels(Protocol):
         """
         ...
 
+    def answering(
+        self, route: Callable[[], tuple[Tensor, Tensor]], room: Tensor, table: ExpertTable, activation: str
+    ) -> "Answering | None":
+        """All of an expert instance's work in an exchange as one call, or None where that brings nothing.
+
+        ``route`` gates ``room`` [T, H] with these kernels; both and ``table`` stay as they are while it is used.
+        """
+        ...
+
     def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
         """out [T, H] += sum over j of weights[t, j] * rows[source[t, j]][index[t, j]], j ascending, in fp32.
 
@@ -169,21 +186,50 @@ class Kernels(Protocol):
         """
         ...
 
+    def gather(self, out: Tensor, replies: NDArray[np.int64], top_k: int, homes: NDArray[np.uint64]) -> int | None:
+        """Check and arrange the parts of all replies to an exchange, then ``combine`` them, as one call.
+
+        Args:
+            replies: [n, 4], of each the bit of its sender, the addresses of its PARTS and of its rows, their number.
+            homes: [experts].
+
+        Returns:
+            A number of shared.activation.PROBLEMS, 0 when ``out`` has the sum; None where it brings nothing: nothing
+            has happened then.
+        """
+        ...
+
     def record(self, call: Callable[[], T]) -> Callable[[], T]:
         """Something that does again what ``call`` does to tensors on the device, and returns what it returned.
 
         It uses the memory of the first time, which must live on: new values are to be written into the same tensors.
-        ``call`` must use nothing but these kernels on them.
+        ``call`` must use nothing but these kernels on them. On CUDA it runs as it is the first time and is
+        captured the second time, which may return other tensors.
         """
         ...
 
 
+class Answering(Protocol):
+    """See ``services.experts.compute.answer``, which takes the same arguments after the layer."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        homes: NDArray[np.uint64],
+        live: int,
+        instance: int,
+        meta: NDArray[np.uint8],
+        out: Tensor,
+        counts: NDArray[np.int64],
+    ) -> tuple[int, int]: ...
+
+
 def select_kernels(device: torch.device, threads: int, precise: bool = True) -> Kernels:
-    """The implementation for a device: numba on CPU, torch elsewhere. ``precise``: see ``CpuKernels``."""
+    """The implementation for a device: numba on CPU, torch on CUDA. ``precise``: see ``CpuKernels``."""
     if device.type == "cpu":
         from shared.kernels.cpu import CpuKernels
 
         return CpuKernels(threads, precise=precise)
-    from shared.kernels.reference import ReferenceKernels
+    from shared.kernels.cuda import CudaKernels
 
-    return ReferenceKernels()
+    return CudaKernels(device)

@@ -4,9 +4,9 @@ Activations and the KV cache are fp32; weights are fp32, bf16, fp16 or blocks of
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from shared.kernels import (
 )
 from shared.kernels.base import ExpertTable, Paged, Visibility
 from shared.kernels.cache import compile_once
+from shared.kernels.cpu_answer import Answer, gather
 from shared.kernels.cpu_checks import expect, head_strides, is_plain, located, weight_kind
 from shared.kernels.cpu_rowwise import RowKernels
 from shared.kernels.jit import KIND_BF16, KIND_FP32
+from shared.kernels.recorder import Tape
 from shared.kernels.weights import Weight, expert_bytes
 from shared.models.spec import RouterSpec
 
@@ -65,6 +67,11 @@ class CpuExpertTable:
     @property
     def nbytes(self) -> int:
         return expert_bytes(self.weights)
+
+    def without(self, experts: frozenset[int]) -> "CpuExpertTable":
+        addresses = self.addresses.copy()
+        addresses[[e for e in experts if e in self.weights]] = 0
+        return replace(self, addresses=addresses, weights={e: w for e, w in self.weights.items() if e not in experts})
 
 
 class CpuKernels(RowKernels):
@@ -131,6 +138,10 @@ class CpuKernels(RowKernels):
         for matrix in (weight, plain):
             table = self.expert_table({0: (matrix, matrix, matrix)})
             self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
+        answering = self.answering(partial(self.route, x, weight, RouterSpec(experts=16, top_k=1)), x, table, "silu")
+        homes, counts, meta = np.ones(16, np.uint64), np.zeros(16, np.int64), np.zeros(24, np.uint8)
+        answering(torch.zeros(2, 16), homes, 1, 0, meta, torch.empty(2, 16), counts)
+        self.gather(x, np.zeros((0, 4), np.int64), 1, homes)
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -228,8 +239,13 @@ class CpuKernels(RowKernels):
         )
         return weights, ids
 
-    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> CpuExpertTable:
+    def expert_table(
+        self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None
+    ) -> CpuExpertTable:
         """Logical id -> (gate [I, H], up [I, H], down [H, I]) alike in shape and dtype, and fp32 biases or none."""
+        if not isinstance(beside, CpuExpertTable | None):
+            raise TypeError("the expert table was made by other kernels")
+        experts = {**(beside.weights if beside else {}), **experts}
         addresses = np.zeros((max(experts, default=-1) + 1, 6), np.int64)
         if not experts:
             return CpuExpertTable(addresses, 0, 0, 0, {})
@@ -270,6 +286,25 @@ class CpuKernels(RowKernels):
             done = self._do(cpu_experts.experts, threads, self._project.address, addresses, sizes, table.kind, kind)
         expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out
+
+    def answering(
+        self, route: Callable[[], tuple[Tensor, Tensor]], room: Tensor, table: ExpertTable, activation: str
+    ) -> Answer:
+        """See ``Kernels``."""
+        self._tape = tape = Tape()
+        try:
+            routed = route()
+            ids = routed[1].view(-1)
+            out = torch.empty(len(ids), room.shape[1])
+            self.experts(room, table, ids, ids, activation, out)
+        finally:
+            self._tape = None
+        return Answer(tape, room, routed, out)
+
+    def gather(self, out: Tensor, replies: np.ndarray, top_k: int, homes: np.ndarray) -> int:
+        """See ``Kernels``."""
+        self._output(out, out.shape)
+        return gather(out.data_ptr(), *out.shape, top_k, replies, homes)
 
     def _tiled(self, kind: int) -> bool:
         return self.tiles and kind == KIND_BF16

@@ -274,7 +274,7 @@ def combine(out, parts, source, index, weights, rows, k, depth):
 
     parts: int64 array [.., 2] of address and number of fp32 rows; the others are addresses.
     """
-    target, factors = view2(out, rows, depth, FP32), view2(weights, rows, k, FP32)
+    factors = view2(weights, rows, k, FP32)
     sources, indices = view2(source, rows, k, I32), view2(index, rows, k, I32)
     if not _within(sources.ravel(), len(parts)):
         return False
@@ -282,6 +282,14 @@ def combine(out, parts, source, index, weights, rows, k, depth):
         for j in range(k):
             if indices[t, j] < 0 or indices[t, j] >= parts[sources[t, j], 1]:
                 return False
+    add_parts(view2(out, rows, depth, FP32), parts, sources, indices, factors)
+    return True
+
+
+@helper
+def add_parts(target, parts, sources, indices, factors):
+    """``combine`` on arrays whose numbers are known to be right."""
+    (rows, k), depth = sources.shape, target.shape[1]
     total = np.empty(depth, np.float32)
     for t in range(rows):
         total[:] = 0
@@ -291,4 +299,3 @@ def combine(out, parts, source, index, weights, rows, k, depth):
                 total[d] += factors[t, j] * row[d]
         for d in range(depth):
             target[t, d] += total[d]
-    return True

@@ -19,7 +19,7 @@ from numba.extending import intrinsic as numba_intrinsic
 
 # Element types of views; bf16, fp16 and fp8 have none in numba, integers of their size stand for them.
 BF16, FP16, FP32, FP8 = np.int16, np.uint16, np.float32, np.uint8
-I32, I64 = np.int32, np.int64
+I32, I64, U32 = np.int32, np.int64, np.uint32
 # How a kernel is told the dtype of weights at an address; of FP8 it is the address of ``Fp8Blocks.where``.
 KIND_FP32, KIND_BF16, KIND_FP16, KIND_FP8 = 0, 1, 2, 3
 

@@ -24,7 +24,8 @@ CALL = np.dtype([("function", "<i8"), ("refuses", "<i8"), ("numbers", "<i8", NUM
 """One call: the function's address, whether its result says that it refuses its input, and its arguments."""
 FAILED = -(1 << 62)
 """Instead of a result: the kernel raised, for want of memory."""
-_SIZE, _NUMBERS_AT, _FRACTIONS_AT = CALL.itemsize, 16, 16 + 8 * NUMBERS
+CALL_BYTES, NUMBERS_AT = CALL.itemsize, 16
+_FRACTIONS_AT = NUMBERS_AT + 8 * NUMBERS
 
 
 def encode(function: Any, arguments: tuple[Any, ...]) -> NDArray[Any]:
@@ -76,9 +77,9 @@ def _call(typing_context, function, numbers, fractions):
 def play(calls, count):
     """Carry out ``count`` calls (CALL, at an address); returns the number of the one that refused its input, or -1."""
     for i in range(count):
-        at = calls + i * _SIZE
+        at = calls + i * CALL_BYTES
         header = view1(at, 2, I64)
-        result = _call(header[0], at + _NUMBERS_AT, at + _FRACTIONS_AT)
+        result = _call(header[0], at + NUMBERS_AT, at + _FRACTIONS_AT)
         if result == FAILED or (header[1] and not result & 255):
             return i
     return -1

@@ -1,4 +1,4 @@
-"""The kernels in plain torch: the yardstick in tests, and what runs on CUDA.
+"""The kernels in plain torch: the yardstick in tests, and most of what runs on CUDA (``cuda``).
 
 Written to be read. Nothing here keeps a row's bits independent of its batch; see ``cpu`` for that.
 """
@@ -6,7 +6,9 @@ Written to be read. Nothing here keeps a row's bits independent of its batch; se
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,6 +35,9 @@ class ReferenceTable:
     def nbytes(self) -> int:
         return expert_bytes(self.weights)
 
+    def without(self, experts: frozenset[int]) -> "ReferenceTable":
+        return ReferenceTable({e: weights for e, weights in self.weights.items() if e not in experts})
+
 
 def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up for silu, gelu (erf form), gelu_pytorch_tanh; gpt-oss's clamped_swiglu. Else ValueError."""
@@ -48,12 +53,28 @@ def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     raise ValueError(f"unknown activation {activation!r}")
 
 
+def feed_forward(rows: Tensor, weights: Sequence[Weight], activation: str) -> Tensor:
+    """One expert applied to rows [R, H]: gate, up, down, and their biases if there are any; in the rows' dtype."""
+    gate, up, down, *biases = (unpacked(weight, rows.dtype).to(rows.dtype) for weight in weights)
+    b_gate, b_up, b_down = biases or (None, None, None)
+    hidden = activate(functional.linear(rows, gate, b_gate), functional.linear(rows, up, b_up), activation)
+    return functional.linear(hidden, down, b_down)
+
+
 class ReferenceKernels:
     """``Kernels`` for any device. Activations keep their dtype; norms, softmax and the gate are fp32."""
 
     def record(self, call: Callable[[], T]) -> Callable[[], T]:
         """Nothing is written down: ``call`` itself does it again."""
         return call
+
+    def answering(
+        self, route: Callable[[], tuple[Tensor, Tensor]], room: Tensor, table: ExpertTable, activation: str
+    ) -> None:
+        """The steps one by one are fast enough where the device does not wait for the interpreter."""
+
+    def gather(self, out: Tensor, replies: NDArray[np.int64], top_k: int, homes: NDArray[np.uint64]) -> None:
+        """Likewise."""
 
     def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
         return out.copy_(table.index_select(0, ids))
@@ -130,8 +151,10 @@ class ReferenceKernels:
         weights, ids = choose(logits, router, correction)
         return weights.contiguous(), ids.int().contiguous()
 
-    def expert_table(self, experts: Mapping[int, Sequence[Weight]]) -> ReferenceTable:
-        return ReferenceTable(dict(experts))
+    def expert_table(self, experts: Mapping[int, Sequence[Weight]], beside: ExpertTable | None = None) -> ExpertTable:
+        if not isinstance(beside, ReferenceTable | None):
+            raise TypeError("the expert table was made by other kernels")
+        return ReferenceTable({**(beside.weights if beside else {}), **experts})
 
     def experts(
         self, x: Tensor, table: ExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor
@@ -139,12 +162,8 @@ class ReferenceKernels:
         if not isinstance(table, ReferenceTable):
             raise TypeError("the expert table was made by other kernels")
         for expert in ids.unique().tolist():
-            gate, up, down, *biases = (unpacked(weight, x.dtype).to(x.dtype) for weight in table.weights[expert])
-            b_gate, b_up, b_down = biases or (None, None, None)
             parts = (ids == expert).nonzero().squeeze(1)
-            rows = x[tokens[parts].long()]
-            hidden = activate(functional.linear(rows, gate, b_gate), functional.linear(rows, up, b_up), activation)
-            out[parts] = functional.linear(hidden, down, b_down).to(out.dtype)
+            out[parts] = feed_forward(x[tokens[parts].long()], table.weights[expert], activation).to(out.dtype)
         return out
 
     def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -157,18 +176,23 @@ class ReferenceKernels:
         out += total.to(out.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sees: Visibility) -> Tensor:
-    """One sequence: q [R, heads, D] at ``positions`` over k [P, kv_heads, D], v [P, kv_heads, V] -> [R, heads, V]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (rows.float().repeat_interleave(group, dim=1) for rows in (k, v))
-    scores = torch.einsum("rhd,phd->hrp", q.float(), k) * sees.scale
-    cache, at = torch.arange(k.shape[0], device=q.device), positions[:, None]
+def hidden_positions(cache: Tensor, at: Tensor, sees: Visibility) -> Tensor:
+    """bool: which positions ``cache`` of a sequence its rows at ``at`` do not see; the two are broadcast."""
     hidden = cache > at
     if sees.window:
         hidden |= cache <= at - sees.window
     if sees.chunk:
         hidden |= cache // sees.chunk != at // sees.chunk
-    scores = scores.masked_fill(hidden, float("-inf"))
+    return hidden
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sees: Visibility) -> Tensor:
+    """One sequence: q [R, heads, D] at ``positions`` over k [P, kv_heads, D], v [P, kv_heads, V] -> [R, heads, V]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (rows.float().repeat_interleave(group, dim=1) for rows in (k, v))
+    scores = torch.einsum("rhd,phd->hrp", q.float(), k) * sees.scale
+    cache = torch.arange(k.shape[0], device=q.device)
+    scores = scores.masked_fill(hidden_positions(cache, positions[:, None], sees), float("-inf"))
     if sees.sinks is not None:
         sinks = sees.sinks.float()[:, None, None].expand(-1, len(q), 1)
         scores = torch.cat([scores, sinks], dim=-1)

@@ -50,9 +50,14 @@ class Fp8Blocks:
 
     def unpacked(self) -> Tensor:
         """fp32 [N, K]"""
-        (rows, cols), (high, wide) = self.shape, self.block
-        factors = self.factors.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :cols]
-        return self.values.float() * factors
+        return unpack(self.values, self.factors, self.block)
+
+
+def unpack(values: Tensor, factors: Tensor, block: tuple[int, int]) -> Tensor:
+    """E4M3 values [..., N, K] times the factors [..., n, k] of their blocks, fp32."""
+    (rows, cols), (high, wide) = values.shape[-2:], block
+    tall = factors.repeat_interleave(high, -2)[..., :rows, :]
+    return values.float() * tall.repeat_interleave(wide, -1)[..., :cols]
 
 
 Weight = Tensor | Fp8Blocks

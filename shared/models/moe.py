@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.activation import Parts
 from shared.errors import ModelError
-from shared.kernels.base import ExpertTable, Kernels
+from shared.kernels.base import Answering, ExpertTable, Kernels
 from shared.kernels.weights import Weight
 from shared.models.layout import expert_roles, router_roles
 from shared.models.loader import Checkpoint
@@ -30,6 +30,8 @@ class ExpertLayer(Protocol):
     def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None: ...
+
+    def answering(self, rows: Tensor) -> Answering | None: ...
 
 
 def compute_parts(layer: ExpertLayer, rows: Tensor, parts: Parts, out: Tensor) -> None:
@@ -57,7 +59,8 @@ class MoeLayer:
         self._scratch = Scratch(device)
         self._recorded: dict[tuple[int, torch.dtype], tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]] = {}
         """By number and dtype of rows: where they go, and how they are routed."""
-        self._experts: dict[int, list[Weight]] = {}
+        self._answering: dict[int, tuple[ExpertTable, Answering | None]] = {}
+        """By number of rows; of the table that was there then."""
         self._table: ExpertTable | None = None
         self.nbytes = 0
         """Bytes of the resident experts' weights; on CPU most are mapped."""
@@ -68,14 +71,14 @@ class MoeLayer:
 
     def load(self, experts: Iterable[int]) -> None:
         """Make these experts resident, beside those that are already. Raises ModelError for an unknown id."""
-        new = [e for e in sorted(set(experts)) if e not in self._experts]
+        new = sorted(set(experts) - self.resident)
         if new:
-            self._swap(self._experts | {e: self._weights(e) for e in new})
+            self._swap(self._kernels.expert_table({e: self._weights(e) for e in new}, self._table))
 
     def unload(self, experts: Iterable[int]) -> None:
         """Let go of these experts; those that are not resident are ignored."""
-        gone = set(experts)
-        self._swap({e: w for e, w in self._experts.items() if e not in gone})
+        if self._table:
+            self._swap(self._table.without(frozenset(experts)))
 
     def gate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [T, H] -> (weights fp32 [T, k], ids int32 [T, k]), valid until the next call."""
@@ -92,6 +95,18 @@ class MoeLayer:
     def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         bias, correction = self._gate.get("router_bias"), self._gate.get("router_correction")
         return self._kernels.route(rows, self._gate["router"], self.spec.router, bias, correction)
+
+    def answering(self, rows: Tensor) -> Answering | None:
+        """One call for the gate and the resident experts of so many rows, where the kernels have one."""
+        table, count = self._table, len(rows)
+        if table is None or self.weighs_input or rows.dtype is not torch.float32 or not 0 < count <= RECORDED_ROWS:
+            return None
+        known, answering = self._answering.get(count, (None, None))
+        if known is not table:
+            room = self._scratch.rows("gated", count, self.spec.hidden, rows.dtype)
+            answering = self._kernels.answering(partial(self._route, room), room, table, self.spec.activation)
+            self._answering[count] = table, answering
+        return answering
 
     @property
     def weighs_input(self) -> bool:
@@ -114,9 +129,9 @@ class MoeLayer:
             rows, tokens = taken, numbers
         self._kernels.experts(rows, table, tokens, ids, self.spec.activation, out)
 
-    def _swap(self, experts: dict[int, list[Weight]]) -> None:
-        self._experts = experts
-        self._table = self._kernels.expert_table(dict(experts)) if experts else None
+    def _swap(self, table: ExpertTable) -> None:
+        self._table = table if table.resident else None
+        self._answering = {}
         self.nbytes = self._table.nbytes if self._table else 0
 
     def _weights(self, expert: int) -> list[Weight]:

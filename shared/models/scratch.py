@@ -7,12 +7,12 @@ from torch import Tensor
 class Scratch:
     """Buffers that grow to the largest step seen. One thread at a time; a buffer is valid until its next use.
 
-    What a larger one has replaced is kept on CPU: recorded kernels know its address.
+    What a larger one has replaced is kept: recorded kernels and CUDA graphs know its address. Sizes are powers of two,
+    so that it is less than the larger one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._recorded = device.type == "cpu"
         self._buffers: dict[str, Tensor] = {}
         self._replaced: list[Tensor] = []
         self._counted = torch.empty(0, dtype=torch.int32)
@@ -22,7 +22,7 @@ class Scratch:
         """[rows, width] with undefined values; its address stays until a larger one is asked for by this name."""
         size, buffer = rows * width, self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype is not dtype:
-            self._replaced += () if buffer is None or not self._recorded else (buffer,)
+            self._replaced += () if buffer is None else (buffer,)
             room = 1 << (size - 1).bit_length()
             buffer = self._buffers[name] = torch.empty(room, dtype=dtype, device=self._device)
         return buffer[:size].view(rows, width)

@@ -26,7 +26,7 @@ class FrameKind(IntEnum):
     DISPATCH = 2
     """attention -> experts: rows [tokens, hidden], normed hidden states of one micro-batch at one layer."""
     COMBINE = 3
-    """experts -> attention: rows [parts, hidden] fp32 and meta (see shared/activation.py: PARTS)."""
+    """experts -> attention: rows [parts, hidden] fp32; meta begins with as many PARTS (shared/activation.py)."""
     REFUSAL = 4
     """experts -> attention: meta holds a Refusal code (one byte) and a UTF-8 message."""
 
@@ -136,6 +136,10 @@ class Outgoing(Protocol):
     rows: torch.Tensor
     """[rows, columns] on the transport's device."""
 
+    def keep(self, rows: int) -> None:
+        """Send only the first ``rows`` rows, and all of ``meta``."""
+        ...
+
 
 class Incoming(Protocol):
     """A received frame; its memory is valid until ``release``."""
@@ -143,6 +147,8 @@ class Incoming(Protocol):
     header: Header
     meta: np.ndarray
     """uint8 [header.meta_bytes], host memory."""
+    meta_address: int
+    """Of ``meta``."""
     rows: torch.Tensor
     """[header.rows, header.columns] of DTYPES[header.dtype] on the transport's device."""
 
@@ -178,8 +184,10 @@ class Transport(Protocol):
         """Start sending one frame to every peer. Fills rows, columns, dtype and meta_bytes of ``header``."""
         ...
 
-    def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
+    def receive(self, timeout: float, busy: bool = True, together: int = 1) -> Incoming | None:
         """The next frame, or None after ``timeout`` seconds or a ``wake``.
+
+        ``together``: the caller needs so many; it may be left asleep until they are there or the time is over.
 
         Spins briefly, then sleeps on the transport's descriptor; while ``busy`` (a request is open somewhere) single
         sleeps are bounded to about 5 ms because a wakeup can be lost, when idle they back off to half a second.

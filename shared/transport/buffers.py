@@ -40,8 +40,11 @@ class Block:
     def __init__(self, capacity: int) -> None:
         self.memory = torch.empty(capacity, dtype=torch.uint8)
         self.bytes: np.ndarray = self.memory.numpy()
+        self.meta_address = self.memory.data_ptr() + HEADER_BYTES
         self.capacity = capacity
         self.sent = False
+        self.kept = 0
+        """How many of the rows are sent."""
         self.apart: torch.Tensor | None = None
         """uint8 memory of rows that travel as a message of their own."""
         self._shape: tuple[int, int, int, torch.dtype] | None = None
@@ -56,7 +59,7 @@ class Block:
     def lay_out(self, meta_bytes: int, rows: int, columns: int, dtype: torch.dtype) -> None:
         """Point ``meta`` (uint8 [meta_bytes]) and ``rows`` ([rows, columns]) into memory, which must fit them."""
         shape = (meta_bytes, rows, columns, dtype)
-        if shape == self._shape:
+        if shape == self._shape and rows == self.kept:
             return
         body, nbytes = body_offset(meta_bytes), rows * columns * dtype.itemsize
         if self.apart is None:
@@ -69,7 +72,18 @@ class Block:
         self.meta = self.bytes[HEADER_BYTES : HEADER_BYTES + meta_bytes]
         self.rows = flat.view(dtype).view(rows, columns)
         self.row_bytes = nbytes
+        self.kept = rows
         self._shape = shape
+
+    def keep(self, rows: int) -> None:
+        """Send only the first ``rows`` rows."""
+        assert self._shape is not None
+        _, count, columns, dtype = self._shape
+        assert 0 <= rows <= count
+        self.kept, spared = rows, self.row_bytes
+        self.row_bytes = rows * columns * dtype.itemsize
+        if self.apart is None:
+            self.message_bytes -= spared - self.row_bytes
 
     def lay_out_as(self, header: Header) -> None:
         """Point ``meta`` and ``rows`` at what a received header describes."""
@@ -79,7 +93,8 @@ class Block:
         """Fill in the header's sizes and write it in front. Raises TransportError on a second send."""
         if self.sent or self._shape is None:
             raise TransportError("a frame can be sent once: ask for a new buffer with outgoing()")
-        header.meta_bytes, header.rows, header.columns, dtype = self._shape
+        header.meta_bytes, _, header.columns, dtype = self._shape
+        header.rows = self.kept
         header.dtype = DTYPES.index(dtype)
         flags = header.flags & ~ROWS_APART
         header.flags = flags if self.apart is None else flags | ROWS_APART

@@ -156,7 +156,7 @@ class MemoryTransport:
             heapq.heappush(self._inbox, (due, self._delivered, data))
             self._changed.notify_all()
 
-    def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
+    def receive(self, timeout: float, busy: bool = True, together: int = 1) -> Incoming | None:
         deadline = time.monotonic() + timeout
         while True:
             with self._changed:

@@ -66,7 +66,7 @@ class PacedTransport:
             self._sleep(min(left, SERVE_S))
             self._take_in(0.0)
 
-    def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
+    def receive(self, timeout: float, busy: bool = True, together: int = 1) -> Incoming | None:
         """Sleeps as an idle transport does, whatever ``busy`` says."""
         deadline = self._clock() + timeout
         while True:

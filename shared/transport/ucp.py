@@ -21,8 +21,12 @@ NOTHING, SENT = -1, -2
 """What ``wait`` returns besides the number of a receive."""
 _LAST_ERROR = -100
 """UCX returns pointers; seen as signed numbers, those from here to -1 are error codes."""
-_PROGRESS, _SEND, _RECEIVE, _CHECK, _FREE, _CANCEL, _YIELD, _CLOCK, _PLAIN, _NOW = range(10)
+_PROGRESS, _SEND, _RECEIVE, _CHECK, _FREE, _CANCEL, _ARM, _YIELD, _CLOCK, _POLL, _PLAIN, _NOW = range(12)
 _MONOTONIC = 1
+_NS = 1_000_000_000
+_READABLE = 1
+_POLLED = np.dtype([("descriptor", "<i4"), ("wanted", "<i2"), ("found", "<i2")])
+"""A struct pollfd."""
 
 
 class Functions:
@@ -33,11 +37,17 @@ class Functions:
 
         ucp, libc = libucx.load_library()[-1], ctypes.CDLL(None)
         names = ("worker_progress", "tag_send_nbx", "tag_recv_nbx", "request_check_status", "request_free")
-        functions = [getattr(ucp, f"ucp_{name}") for name in (*names, "request_cancel")]
-        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in (*functions, libc.sched_yield, libc.clock_gettime)]
+        functions = [getattr(ucp, f"ucp_{name}") for name in (*names, "request_cancel", "worker_arm")]
+        functions += [libc.sched_yield, libc.clock_gettime, libc.ppoll]
+        addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
         self._plain = np.zeros(16, np.int64)  # a ucp_request_param_t in which nothing is set: bytes, no callback
         self._now = np.zeros(2, np.int64)  # a timespec
         self.table: NDArray[np.int64] = np.array([*addresses, self._plain.ctypes.data, self._now.ctypes.data], np.int64)
+
+
+def files(worker: int, wake: int) -> NDArray[np.int64]:
+    """What ``wait`` sleeps on: the worker's descriptor, and one that is readable when it shall wake up."""
+    return np.array([(worker, _READABLE, 0), (wake, _READABLE, 0)], _POLLED).view(np.int64)
 
 
 @kernel
@@ -81,32 +91,56 @@ def _time(api):
     """Nanoseconds of the monotonic clock."""
     call_native(api[_CLOCK], (_MONOTONIC, api[_NOW]))
     now = view1(api[_NOW], 2, I64)
-    return now[0] * 1_000_000_000 + now[1]
+    return now[0] * _NS + now[1]
+
+
+@helper
+def _sleep(api, worker, files, longest):
+    """Until a file is readable, at most so many nanoseconds; not at all when there is work already."""
+    if call_native(api[_ARM], (worker,)) & 255:
+        return
+    span = view1(api[_NOW], 2, I64)
+    span[0], span[1] = longest // _NS, longest % _NS
+    call_native(api[_POLL], (files.ctypes.data, len(files), api[_NOW], 0))
 
 
 @kernel
-def wait(api, worker, receives, sends, woken, until):
-    """Drive UCX until something ends, yielding the core in between.
+def wait(api, worker, files, receives, sends, state, together, times):
+    """Drive UCX until something ends: polling for a while, then asleep in between.
 
     Args:
+        files: see ``files``.
         receives, sends: int64, requests.
-        woken: int64 [1]; another thread makes it 1 to end the wait.
-        until: nanoseconds of the monotonic clock.
+        state: int64 [2]. Another thread makes the first 1 to end the wait; the second gets the status of the receive
+            that is returned, whose request is freed.
+        together: how many receives shall have ended.
+        times: up to when the core is only yielded, and when to end: nanoseconds of the monotonic clock.
 
     Returns:
-        The number of the first receive that has ended; SENT when a send has; NOTHING when woken or late.
+        The number of the first receive that has ended, when as many as wanted have or the wait is over; SENT when a
+        send has ended; NOTHING when woken or late.
     """
+    polled, until = times
     while True:
         call_native(api[_PROGRESS], (worker,))
+        first, done = NOTHING, 0
         for i in range(len(receives)):
             if _status(api, receives[i]) != IN_PROGRESS:
-                return i
+                first, done = i if first == NOTHING else first, done + 1
+        now = _time(api)
+        over = state[0] != 0 or now >= until
+        if done >= together or (over and done):
+            state[1] = ended(api, receives[first])
+            return first
         for request in sends:
             if _status(api, request) != IN_PROGRESS:
                 return SENT
-        if woken[0] or _time(api) >= until:
+        if over:
             return NOTHING
-        call_native(api[_YIELD], (0,))
+        if now < polled:
+            call_native(api[_YIELD], (0,))
+        else:
+            _sleep(api, worker, files, until - now)
 
 
 def compile_functions() -> None:
@@ -116,4 +150,5 @@ def compile_functions() -> None:
     receive.compile((table, number, number, number, number))
     ended.compile((table, number))
     cancel.compile((table, number, number))
-    wait.compile((table, number, table, table, table, number))
+    times = types.UniTuple(number, 2)
+    wait.compile((table, number, table, table, table, table, number, times))

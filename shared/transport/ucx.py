@@ -7,7 +7,6 @@ so that tensors travel by pointer. Receives are long-lived and never cancelled, 
 import contextlib
 import ctypes
 import os
-import select
 import threading
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ reads the memory of a peer that has just died."""
 POSTED_RECEIVES = 4
 SPIN_US = 100.0
 BUSY_SLEEP_S = 0.005
-"""Bounds the sleeps of a busy ``receive``. Each turn takes 0.1 ms of a core on which an expert instance may compute."""
+"""Bounds the sleeps of a busy ``receive``. Each turn takes time of a core on which an expert instance may compute."""
 IDLE_SLEEP_S = 0.5
 CLOSING_ROUNDS = 20
 """Turns of progress in which living peers learn that an endpoint is closed."""
@@ -99,9 +98,9 @@ class UcxTransport:
 
     def _start_waiting(self) -> None:
         self._wake_lock = threading.Lock()
-        self._woken = np.zeros(1, np.int64)
+        self._state = np.zeros(2, np.int64)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._descriptors = (self._worker.epoll_file_descriptor, self._wake_fd)
+        self._files = ucp.files(self._worker.epoll_file_descriptor, self._wake_fd)
 
     # ---- peers and sending ----------------------------------------------------------------------------------
 
@@ -152,29 +151,30 @@ class UcxTransport:
 
     # ---- receiving ------------------------------------------------------------------------------------------
 
-    def receive(self, timeout: float, busy: bool = True) -> Incoming | None:
-        now = time.monotonic()
-        deadline, spin_until = now + timeout, now + self._spin * busy
+    def receive(self, timeout: float, busy: bool = True, together: int = 1) -> Incoming | None:
+        deadline = time.monotonic() + timeout
         while True:
             self._post_receives()
-            frame = self._wait(min(deadline, spin_until))
+            frame = self._wait(deadline, busy, together)
             if frame is not None:
                 self._nap = self._first_nap
                 return frame
-            now = time.monotonic()
-            if self._woken[0] or now >= deadline:
+            self._replace_stuck_receives()
+            if self._state[0] or time.monotonic() >= deadline:
                 self._settle()
                 return None
-            if now >= spin_until:
-                self._sleep(deadline - now, busy)
+            self._nap = min(self._nap * 2, IDLE_SLEEP_S)
 
-    def _wait(self, until: float) -> ReceiveSlot | None:
-        """Spin until a frame is there, or a moment of the monotonic clock has passed."""
+    def _wait(self, deadline: float, busy: bool, together: int) -> ReceiveSlot | None:
+        """A frame as soon as there are so many; what there is, if anything, after a nap: a wakeup can be lost."""
+        polled = time.monotonic() + self._spin * busy
+        times = int(polled * 1e9), int(min(deadline, polled + (BUSY_SLEEP_S if busy else self._nap)) * 1e9)
         while True:
             waiting = self._awaiting_rows + self._posted  # what began to arrive first is delivered first
             receives = np.array([slot.request for slot in waiting], np.int64)
             sends = np.array([request for peer in self._sending for request in peer.requests], np.int64)
-            what = ucp.wait(self._ucx.functions, self._handle, receives, sends, self._woken, int(until * 1e9))
+            count = max(1, min(together, len(waiting)))
+            what = ucp.wait(self._ucx.functions, self._handle, self._files, receives, sends, self._state, count, times)
             if what == ucp.NOTHING:
                 return None
             if what == ucp.SENT:
@@ -182,36 +182,26 @@ class UcxTransport:
                 continue
             slot = waiting[what]
             (self._awaiting_rows if slot.expects_rows else self._posted).remove(slot)
-            frame = self._accept(slot)
+            frame = self._accept(slot, int(self._state[1]))
             if frame is not None:
                 return frame
             self._post_receives()
 
-    def _sleep(self, longest: float, busy: bool) -> None:
-        """Wait for UCX or ``wake``, bounded: a wakeup can be lost."""
-        self._replace_stuck_receives()
-        self._nap = BUSY_SLEEP_S if busy else min(self._nap * 2, IDLE_SLEEP_S)
-        if self._worker.arm():
-            ready, _, _ = select.select(self._descriptors, (), (), min(longest, self._nap))  # poll() counts whole ms
-            if self._wake_fd in ready:
-                self._woken[0] = 1
-
     def _settle(self) -> None:
         """Take notice of a ``wake``."""
-        if self._woken[0]:
-            self._woken[0] = 0
+        if self._state[0]:
+            self._state[0] = 0
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
 
     def wake(self) -> None:
         with self._wake_lock:
             if not self._closed:
-                self._woken[0] = 1
+                self._state[0] = 1
                 os.eventfd_write(self._wake_fd, 1)
 
-    def _accept(self, slot: ReceiveSlot) -> ReceiveSlot | None:
+    def _accept(self, slot: ReceiveSlot, status: int) -> ReceiveSlot | None:
         """Judge a finished receive: a frame to deliver, or None when it is dropped or its rows are still to come."""
-        status = self._ucx.ended(slot.request)
         if status:
             return self._drop(slot, "too_long" if status == ucp.TRUNCATED else "broken")
         if slot.expects_rows:

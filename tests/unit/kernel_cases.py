@@ -55,7 +55,7 @@ class PagedCase:
 
     def rows(self, chosen: list[int]) -> "PagedCase":
         """The same cache, but only these query rows."""
-        at = torch.tensor(chosen)
+        at = torch.tensor(chosen, dtype=torch.int64)
         parts = (self.q[at], self.sequence[at], self.positions[at])
         return replace(self, q=parts[0], sequence=parts[1], positions=parts[2])
 
@@ -116,7 +116,7 @@ class ExpertCase:
 
     def parts(self, chosen: list[int]) -> "ExpertCase":
         """Only these parts, on a copy of x that holds nothing but their rows."""
-        at = torch.tensor(chosen)
+        at = torch.tensor(chosen, dtype=torch.int64)
         tokens, inverse = self.tokens[at].unique(return_inverse=True)
         return replace(self, x=self.x[tokens.long()], tokens=inverse.int(), ids=self.ids[at])
 

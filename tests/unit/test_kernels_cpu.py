@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.kernels.base import Paged, Visibility
+from shared.kernels.base import Kernels, Paged, Visibility
 from shared.kernels.cpu import CpuKernels
 from shared.kernels.reference import ReferenceKernels, activate
 from shared.kernels.weights import Fp8Blocks
@@ -365,6 +365,21 @@ def test_a_table_knows_what_is_resident_and_no_parts_cost_nothing(cpu: CpuKernel
     none = torch.zeros(0, dtype=torch.int32)
     table = cpu.expert_table(case.experts)
     assert cpu.experts(case.x, table, none, none, "silu", torch.empty(0, 64)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("kernels", [CpuKernels(1), REFERENCE], ids=["cpu", "reference"])
+def test_a_table_made_beside_another_has_the_experts_of_both(kernels: Kernels) -> None:
+    case = expert_case(9)
+    want, out = case.run(kernels), torch.empty(len(case.ids), case.x.shape[1])
+    some = {e: weights for e, weights in case.experts.items() if e < 6}
+    others = {e: weights for e, weights in case.experts.items() if e >= 6}
+    table = kernels.expert_table(others, kernels.expert_table(some))
+    assert table.nbytes == kernels.expert_table(case.experts).nbytes
+    assert kernels.experts(case.x, table, case.tokens, case.ids, case.activation, out).equal(want)
+    less = table.without(frozenset({2, 4, 99}))
+    assert less.resident == case.experts.keys() - {2, 4}
+    again = kernels.expert_table({e: case.experts[e] for e in (2, 4)}, less)
+    assert kernels.experts(case.x, again, case.tokens, case.ids, case.activation, out.zero_()).equal(want)
 
 
 def test_no_rows_are_no_trouble(cpu: CpuKernels) -> None:

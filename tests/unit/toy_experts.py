@@ -24,7 +24,7 @@ from shared.transport.memory import MemoryNetwork, MemoryTransport
 HIDDEN, EXPERTS, TOP_K, MAX_ROWS = 8, 6, 3, 64
 LAYERS = (1, 3)
 MESH = 0xABCDEF0123456789
-LIMITS = ServerLimits(HIDDEN, torch.float32, MAX_ROWS, EXPERTS)
+LIMITS = ServerLimits(HIDDEN, torch.float32, MAX_ROWS, EXPERTS, TOP_K)
 
 
 class ToyLayer:
@@ -47,6 +47,9 @@ class ToyLayer:
         weights /= weights.sum(axis=1, keepdims=True)
         return torch.from_numpy(weights.astype(np.float32)), torch.from_numpy(ids)
 
+    def answering(self, rows: Tensor) -> None:
+        """Its kernels have no such call."""
+
     def expert(self, expert: int, row: np.ndarray) -> np.ndarray:
         return np.tanh(row * self._scale[expert] + self._shift[expert]).astype(np.float32)
 
@@ -67,6 +70,9 @@ class ToyLayer:
 
 
 class ToyKernels:
+    def gather(self, *arguments: Any) -> None:
+        """Parts are combined step by step."""
+
     def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
         for t in range(len(out)):
             for j in range(source.shape[1]):
