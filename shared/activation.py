@@ -1,7 +1,8 @@
 """What both sides of an exchange must agree on: replica choice, its digest, and the parts a reply carries.
 
 Pure functions of arrays, the same on every process and for any number of threads; an instance is its bit in the
-placement. Sending and waiting are elsewhere (services/attention/exchange.py, services/experts/server.py).
+placement. How replicas are chosen is in shared/scheduling; sending and waiting are elsewhere
+(services/attention/exchange.py, services/experts/server.py).
 """
 
 import hashlib
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from shared.errors import MoemeshError
 from shared.messages import Placement
+from shared.scheduling.kernels import ACTIVATED, BAD_ID, DONE, INSTANCES, choose
+from shared.scheduling.policies import Policy
 from shared.transport.base import body_offset
 
 PARTS = np.dtype([("token", "<u4"), ("expert", "<u4"), ("weight", "<f4")])
@@ -59,32 +62,49 @@ def layer_homes(placement: Placement) -> dict[int, NDArray[np.uint64]]:
     return dict(zip(placement.moe_layers, table.reshape(shape).astype(np.uint64), strict=True))
 
 
-def choose_replicas(ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int) -> NDArray[np.int32]:
-    """Which instance computes each choice: the greedy of JANUS's activation scheduling.
+class Schedule(NamedTuple):
+    """Who computes what in an exchange."""
+
+    replicas: NDArray[np.int32]
+    """[T, k]: the instance of every choice."""
+    activated: NDArray[np.int32]
+    """[instances, up to the highest live one]: how many distinct experts each one activates; the maximum is a_max."""
+
+
+def schedule_activations(
+    ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int, policy: Policy = Policy.ACTIVATED
+) -> Schedule:
+    """Which instance computes each choice. The default policy is JANUS's activation scheduling, made optimal.
 
     Every activated expert goes as a whole to one live home: experts with the fewest live homes first, then the
-    lowest id, each to the host with the fewest activated experts so far, ties to the lowest instance.
+    lowest id, each to the host with the fewest activated experts so far, ties to the lowest instance. Then chains of
+    moves out of the most loaded instance, until none lowers the number of instances with that load.
 
     Args:
         ids: int32 [T, k], chosen experts.
         homes: uint64 [E], bit i set: instance i is a home.
         live: mask of the instances that take part.
-
-    Returns:
-        int32 [T, k], instance index per choice.
+        policy: another one, for comparison.
 
     Raises:
         NoLiveHome: an activated expert has no live home.
         ValueError: an id is not in 0..E-1.
     """
-    replicas = np.empty_like(ids)
-    refuse(_choose(ids, homes, np.uint64(live), replicas), len(homes))
-    return replicas
+    replicas, load = np.empty(ids.shape, np.int32), np.empty(INSTANCES, np.int32)
+    refuse(choose(policy.code, ids, homes, np.uint64(live), replicas, load), len(homes))
+    return Schedule(replicas, load[: live.bit_length()])
+
+
+def choose_replicas(
+    ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int, policy: Policy = Policy.ACTIVATED
+) -> NDArray[np.int32]:
+    """The replicas of ``schedule_activations``: int32 [T, k], instance index per choice."""
+    return schedule_activations(ids, homes, live, policy).replicas
 
 
 def refuse(code: int, experts: int) -> None:
-    """Raise what ``_choose`` has found wrong."""
-    if code == _BAD_ID:
+    """Raise what ``choose`` has found wrong."""
+    if code == BAD_ID:
         raise ValueError(f"expert ids must be in 0..{experts - 1}")
     if code >= 0:
         raise NoLiveHome(code)
@@ -96,10 +116,15 @@ def exchange_digest(ids: NDArray[np.int32], replicas: NDArray[np.int32]) -> int:
 
 
 def plan_exchange(
-    ids: NDArray[np.int32], weights: NDArray[np.float32], homes: NDArray[np.uint64], live: int, instance: int
+    ids: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    homes: NDArray[np.uint64],
+    live: int,
+    instance: int,
+    policy: Policy = Policy.ACTIVATED,
 ) -> tuple[Parts, int]:
     """``choose_replicas``, then ``own_parts`` of ``instance`` and ``exchange_digest``, in one compiled call."""
-    code, digest, tokens, experts, own = plan(ids, weights, homes, np.uint64(live), instance)
+    code, digest, tokens, experts, own = plan(ids, weights, homes, np.uint64(live), instance, policy.code)
     refuse(code, len(homes))
     return Parts(tokens, experts, own), int(digest)
 
@@ -132,69 +157,6 @@ def write_parts(
     parts["token"] = tokens
     parts["expert"] = experts
     parts["weight"] = weights
-
-
-_DONE = -1
-_BAD_ID = -2
-
-
-@njit(cache=True, nogil=True)
-def _choose(ids, homes, live, replicas):  # noqa: ANN001, ANN202
-    """Fills ``replicas``; returns _DONE, _BAD_ID, or the expert that has no live home."""
-    experts = len(homes)
-    hosts = np.zeros(experts, np.int64)  # live homes of each activated expert
-    for e in ids.ravel():
-        if e < 0 or e >= experts:
-            return -2
-        if hosts[e] == 0:
-            hosts[e] = _count_bits(homes[e] & live)
-            if hosts[e] == 0:
-                return e
-    chosen = np.empty(experts, np.int32)
-    load = np.zeros(64, np.int64)
-    for e in _fewest_first(hosts):
-        chosen[e] = _least_loaded(homes[e] & live, load)
-        load[chosen[e]] += 1
-    for t in range(ids.shape[0]):
-        for j in range(ids.shape[1]):
-            replicas[t, j] = chosen[ids[t, j]]
-    return -1
-
-
-@njit(cache=True, nogil=True)
-def _count_bits(mask):  # noqa: ANN001, ANN202
-    count = 0
-    while mask:
-        mask &= mask - np.uint64(1)
-        count += 1
-    return count
-
-
-@njit(cache=True, nogil=True)
-def _fewest_first(hosts):  # noqa: ANN001, ANN202
-    """Experts with hosts > 0, sorted by (hosts, id): a counting sort."""
-    starts = np.zeros(66, np.int64)
-    for n in hosts:
-        if n > 0:
-            starts[n + 1] += 1
-    for n in range(1, 66):
-        starts[n] += starts[n - 1]
-    order = np.empty(starts[65], np.int64)
-    for e in range(len(hosts)):
-        n = hosts[e]
-        if n > 0:
-            order[starts[n]] = e
-            starts[n] += 1
-    return order
-
-
-@njit(cache=True, nogil=True)
-def _least_loaded(mask, load):  # noqa: ANN001, ANN202
-    best = -1
-    for i in range(64):
-        if (mask >> np.uint64(i)) & np.uint64(1) and (best < 0 or load[i] < load[best]):
-            best = i
-    return best
 
 
 @njit(cache=True, nogil=True)
@@ -232,11 +194,11 @@ def _own(ids, replicas, weights, instance):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def plan(ids, weights, homes, live, instance):  # noqa: ANN001, ANN201
-    """(what ``_choose`` returns, digest, tokens, experts, weights)"""
-    replicas = np.empty_like(ids)
-    code = _choose(ids, homes, live, replicas)
-    if code != -1:
+def plan(ids, weights, homes, live, instance, policy=ACTIVATED):  # noqa: ANN001, ANN201
+    """(what ``choose`` returns, digest, tokens, experts, weights)"""
+    replicas, load = np.empty(ids.shape, np.int32), np.empty(INSTANCES, np.int32)
+    code = choose(policy, ids, homes, live, replicas, load)
+    if code != DONE:
         ids, replicas = ids[:0], replicas[:0]
     tokens, experts, own = _own(ids, replicas, weights, instance)
     return code, _digest(ids, replicas), tokens, experts, own

@@ -1,4 +1,4 @@
-"""Replica choice and its digest: a pure, deterministic greedy that never picks a wrong home."""
+"""What both sides of an exchange agree on: parts, digest, homes, names of meshes."""
 
 import numpy as np
 import pytest
@@ -17,58 +17,7 @@ from shared.activation import (
     write_parts,
 )
 from shared.messages import Placement
-
-
-@st.composite
-def exchanges(draw):
-    """ids [T, k] without repeats in a row, homes with a live bit everywhere, live mask."""
-    instances = draw(st.integers(1, 6))
-    experts = draw(st.integers(1, 12))
-    k = draw(st.integers(1, min(4, experts)))
-    live = draw(st.integers(1, (1 << instances) - 1))
-    bits = [1 << i for i in range(instances) if live >> i & 1]
-    masks = [draw(st.integers(0, (1 << instances) - 1)) | draw(st.sampled_from(bits)) for _ in range(experts)]
-    rows = draw(st.lists(st.permutations(range(experts)), min_size=1, max_size=9))
-    ids = np.array([row[:k] for row in rows], np.int32)
-    return ids, np.array(masks, np.uint64), live
-
-
-def oracle(ids: np.ndarray, homes: np.ndarray, live: int) -> dict[int, int]:
-    """The same greedy, written for reading: expert -> instance."""
-    hosts = {e: [i for i in range(64) if (int(homes[e]) & live) >> i & 1] for e in set(ids.ravel().tolist())}
-    load = dict.fromkeys(range(64), 0)
-    chosen: dict[int, int] = {}
-    for e in sorted(hosts, key=lambda e: (len(hosts[e]), e)):
-        chosen[e] = min(hosts[e], key=lambda i: (load[i], i))
-        load[chosen[e]] += 1
-    return chosen
-
-
-def test_worked_example():
-    """Experts 2 and 3 have one home; 0 and 1 then go where fewer experts are active."""
-    homes = np.array([0b011, 0b111, 0b001, 0b001], np.uint64)
-    replicas = choose_replicas(np.array([[0, 1], [2, 3]], np.int32), homes, 0b111)
-    assert replicas.tolist() == [[1, 2], [0, 0]]
-
-
-@settings(deadline=None)
-@given(exchanges())
-def test_choice_is_the_greedy_on_live_homes(exchange):
-    ids, homes, live = exchange
-    replicas = choose_replicas(ids, homes, live)
-    chosen = oracle(ids, homes, live)
-    assert replicas.tolist() == [[chosen[e] for e in row] for row in ids.tolist()]
-    assert all((int(homes[e]) & live) >> i & 1 for e, i in zip(ids.ravel(), replicas.ravel(), strict=True))
-
-
-@settings(deadline=None)
-@given(exchanges(), st.randoms())
-def test_choice_depends_only_on_the_set_of_activated_experts(exchange, random):
-    """A group's rows may arrive in any order: the same experts go to the same instances."""
-    ids, homes, live = exchange
-    order = list(range(len(ids)))
-    random.shuffle(order)
-    assert np.array_equal(choose_replicas(ids[order], homes, live), choose_replicas(ids, homes, live)[order])
+from tests.unit.exchanges import exchanges
 
 
 @settings(deadline=None)
@@ -105,17 +54,6 @@ def test_an_expert_without_live_home_is_named():
         with pytest.raises(NoLiveHome, match="expert 1 ") as caught:
             choose(ids, homes, live=0b01)
         assert caught.value.expert == 1
-
-
-@pytest.mark.parametrize("wrong", [-1, 4])
-def test_ids_outside_the_layer_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"0\.\.3"):
-        choose_replicas(np.array([[0, wrong]], np.int32), np.ones(4, np.uint64), 1)
-
-
-def test_the_highest_instance_can_be_chosen():
-    replicas = choose_replicas(np.array([[0]], np.int32), np.array([1 << 63], np.uint64), 1 << 63)
-    assert replicas.tolist() == [[63]]
 
 
 def plain_digest(ids: np.ndarray, replicas: np.ndarray) -> int:

@@ -1,0 +1,140 @@
+"""What does activation scheduling cost, how near is it to the optimum, and what does it save?
+
+    python bench/activation.py [--exchanges 40] [--seed 0] [--trace FILE]
+
+Synthetic rows (160 experts, top-6, 27 slots per instance) whose experts follow Zipf's law; homes by services/scheduler
+from a window of other exchanges of the same popularity. Times are the best of several runs on one core, the call from
+Python included. A trace (shared/traces) is cut in two: homes from the first half, judged by the second. The last line
+is one JSON object.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Bar, report
+from synthetic import Exchanges, Shape, exchanges, mean_a_max, observe, tokens_per_expert, zipf
+
+from services.scheduler.eplb import homes_of_replicas, rebalance_experts
+from services.scheduler.homes import Masks, to_masks
+from services.scheduler.replacement import fresh
+from shared.activation import schedule_activations
+from shared.scheduling.optimum import least_a_max
+from shared.scheduling.policies import Policy
+from shared.traces.load import load_trace
+
+EXPONENTS, INSTANCES, TOKENS = (0.0, 0.6, 1.0), (8, 16), (16, 32, 64, 128, 256, 512)
+TIMED_TOKENS, RUNS, RUN_S = (1, 16, 64, 256, 1024, 4096), 7, 0.05
+WINDOW = 64
+"""Exchanges that the placement was made from."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--exchanges", type=int, default=40, help="exchanges per cell")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", type=Path, help="a recorded routing trace, to be judged like the synthetic rows")
+    return parser.parse_args()
+
+
+def microseconds(window: Exchanges, homes: Masks, live: int, policy: Policy) -> float:
+    """Best time of one call over an exchange of the window."""
+    best = float("inf")
+    for _ in range(RUNS):
+        start, done = time.perf_counter(), 0
+        while not done or time.perf_counter() - start < RUN_S:
+            schedule_activations(window[done % len(window)], homes, live, policy)
+            done += 1
+        best = min(best, (time.perf_counter() - start) / done)
+    return best * 1e6
+
+
+def times(seed: int) -> list[dict[str, Any]]:
+    """Microseconds of every policy by tokens, at 16 instances and Zipf 0.6."""
+    shape = Shape()
+    rows = []
+    for tokens in TIMED_TOKENS:
+        window, homes = cell(shape, 0.6, tokens, 16, seed)
+        spent = {policy.value: round(microseconds(window, homes, (1 << 16) - 1, policy), 2) for policy in Policy}
+        rows.append({"rows": tokens, **spent})
+        print(f"{tokens:>5} rows  " + "  ".join(f"{name} {us:8.2f} us" for name, us in spent.items()), flush=True)
+    return rows
+
+
+def cell(shape: Shape, exponent: float, tokens: int, count: int, seed: int) -> tuple[Exchanges, Masks]:
+    """Exchanges of a popularity, and homes that were made for it from others."""
+    popularity = zipf(shape.experts, exponent, np.random.default_rng(seed))
+    window = exchanges(popularity, shape.top_k, tokens, WINDOW, seed + 1)
+    homes = to_masks(fresh(*observe(window, shape.experts), shape.instances, shape.slots))
+    return exchanges(popularity, shape.top_k, tokens, count, seed + 2), homes
+
+
+def compare(shape: Shape, exponent: float, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Mean a_max of every policy, and the optimum."""
+    row = judge(shape, *cell(shape, exponent, tokens, args.exchanges, args.seed))
+    return printed({"zipf": exponent, "rows": tokens, **row})
+
+
+def compare_trace(path: Path) -> list[dict[str, Any]]:
+    """The same for every layer of a trace, with a third more slots than experts as in the synthetic rows at 8."""
+    layers: dict[int, Exchanges] = {}
+    for exchange in load_trace(path):
+        layers.setdefault(exchange.layer, []).append(exchange.ids)
+    experts = 1 + max(int(ids.max(initial=0)) for window in layers.values() for ids in window)
+    rows = []
+    for layer, window in sorted(layers.items()):
+        shape = Shape(experts, window[0].shape[1], 8, -(-experts * 27 // 160))
+        seen, judged = window[: len(window) // 2], window[len(window) // 2 :]
+        homes = to_masks(fresh(*observe(seen or judged, experts), shape.instances, shape.slots))
+        rows.append(printed({"layer": layer, "exchanges": len(judged), **judge(shape, judged, homes)}))
+    return rows
+
+
+def printed(row: dict[str, Any]) -> dict[str, Any]:
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
+
+
+def judge(shape: Shape, window: Exchanges, homes: Masks) -> dict[str, Any]:
+    """Mean a_max of every policy, and the optimum."""
+    live = (1 << shape.instances) - 1
+    best = np.array([least_a_max(ids, homes, live) for ids in window])
+    ours = np.array([schedule_activations(ids, homes, live).activated.max() for ids in window])
+    means = {policy.value: mean_a_max(window, homes, shape.instances, policy) for policy in Policy}
+    table = rebalance_experts(tokens_per_expert(window, shape.experts)[None], shape.instances * shape.slots, 1, 1,
+                              shape.instances)  # fmt: skip
+    eplb = homes_of_replicas(table, shape.instances, shape.experts)[0]
+    return {
+        "instances": shape.instances, "optimum": float(best.mean()), **means,
+        "tokens_on_eplb_homes": mean_a_max(window, eplb, shape.instances, Policy.TOKENS),
+        "of_optimum": float(ours.mean() / best.mean()), "worst_excess": int((ours - best).max()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    args = parse()
+    spent = {row["rows"]: row for row in times(args.seed)}
+    cells = [
+        compare(Shape(instances=instances), exponent, tokens, args)
+        for exponent in EXPONENTS
+        for instances in INSTANCES
+        for tokens in TOKENS
+    ]
+    at = next(c for c in cells if (c["zipf"], c["instances"], c["rows"]) == (0.6, 16, 64))
+    traced = compare_trace(args.trace) if args.trace else []
+    judged = cells + traced
+    bars = [
+        Bar("scheduler at 64 tokens [us]", spent[64]["activated"], 20, at_most=True),
+        Bar("scheduler at 4096 tokens [us]", spent[4096]["activated"], 90, at_most=True),
+        Bar("a_max / optimum, worst cell", max(c["of_optimum"] for c in judged), 1.01, at_most=True),
+        Bar("a_max - optimum, worst exchange", max(c["worst_excess"] for c in judged), 1, at_most=True),
+        Bar("a_max / that of tokens, 16 instances, 64 rows", at["activated"] / at["tokens"], 0.5, at_most=True),
+    ]
+    result = {"seed": args.seed, "times_us": list(spent.values()), "cells": cells, "trace": traced}
+    report("activation", result, bars)
+
+
+if __name__ == "__main__":
+    main()
