@@ -29,8 +29,8 @@ from shared.models.index import read_index
 LEAST = {1: 0.75, 32: 0.60}
 """Batch -> lowest acceptable share; of other batches 0.5."""
 READ_BYTES = 2 << 30
-SETTLED, SPARE = 4, 6
-"""Tokens of every stream before, and after what is counted."""
+SETTLED = 4
+"""Tokens that every stream has before anything is counted."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Sizes:
     def of(cls, model: Path) -> "Sizes":
         """Of a checkpoint whose experts are tensors of their own; the cache is fp32."""
         config, tensors = json.loads((model / "config.json").read_text()), read_index(model)
-        sizes = {name: info.nbytes for name, info in tensors.items()}
+        sizes = {name: info.end - info.start for name, info in tensors.items()}
         routed = sum(size for name, size in sizes.items() if ".experts." in name)
         looked_up = sum(size for name, size in sizes.items() if "embed_tokens" in name)
         layers, experts = config["num_hidden_layers"], config["num_local_experts"]
@@ -88,7 +88,7 @@ def bandwidth(memory: torch.Tensor) -> float:
 
 
 async def decode(mesh: LocalMesh, ids: list[list[int]], output: int) -> tuple[Counts, Counts]:
-    """Counts at two moments between which all streams decoded and nothing else happened."""
+    """Counts at two moments: all streams decode, until the first of them ends."""
     watched = [Stream(0.0) for _ in ids]
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=len(ids))) as client:
         tasks = [
@@ -97,7 +97,7 @@ async def decode(mesh: LocalMesh, ids: list[list[int]], output: int) -> tuple[Co
         ]
         await reach(watched, [SETTLED] * len(ids), tasks)
         first = await count(mesh)
-        await reach(watched, [output - SPARE] * len(ids), tasks)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         last = await count(mesh)
         await asyncio.gather(*tasks)
     return first, last

@@ -16,7 +16,7 @@ import torch
 from shared.errors import BadFrame
 
 MAGIC = b"MOEX"
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 HEADER_BYTES = 128
 
 
