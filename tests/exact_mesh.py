@@ -145,7 +145,7 @@ def start_experts(
 ) -> ExpertInstance:
     """One expert server on a thread of its own."""
     transport = network.transport(max_frame_bytes=4 << 20)
-    limits = ServerLimits(parts.spec.hidden, torch.float32, 512, parts.spec.router.experts)
+    limits = ServerLimits(parts.spec.hidden, torch.float32, 512, parts.spec.router.experts, parts.spec.router.top_k)
     server = ExpertServer(transport, parts.experts[index], limits, mesh=MESH_HASH, incarnation=100 + index)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

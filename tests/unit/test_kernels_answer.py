@@ -44,20 +44,20 @@ def test_an_answer_is_gate_choice_and_experts_one_after_the_other(cpu, rows, see
     experts, room, counts = table(cpu, dtype), torch.empty(rows, HIDDEN), np.zeros((2, EXPERTS), np.int64)
     answering = cpu.answering(partial(cpu.route, room, router, ROUTER), room, experts, "silu")
     meta, out = np.full(12 * rows * TOP_K, 255, np.uint8), torch.empty(rows * TOP_K, HIDDEN)
+    try:
+        parts, digest = plan_exchange(ids.numpy(), weights.numpy(), homes, live, instance)
+    except NoLiveHome as error:
+        with pytest.raises(NoLiveHome, match=str(error)):
+            answering(x, homes, live, instance, meta, out, counts)
+        return
+    expected = torch.empty(len(parts.tokens), HIDDEN)
+    cpu.experts(x, experts, torch.from_numpy(parts.tokens), torch.from_numpy(parts.experts), "silu", expected)
     for _ in range(2):  # what is recorded can be used again
-        try:
-            parts, digest = plan_exchange(ids.numpy(), weights.numpy(), homes, live, instance)
-        except NoLiveHome as error:
-            with pytest.raises(NoLiveHome, match=str(error)):
-                answering(x, homes, live, instance, meta, out, counts)
-            return
         count, same = answering(x, homes, live, instance, meta, out, counts)
         assert (count, same) == (len(parts.tokens), digest)
         found = meta.view(PARTS)
         assert found[:count].tolist() == list(zip(*(array.tolist() for array in parts), strict=True))
         assert not meta[count * PARTS.itemsize :].any()
-        expected = torch.empty(count, HIDDEN)
-        cpu.experts(x, experts, torch.from_numpy(parts.tokens), torch.from_numpy(parts.experts), "silu", expected)
         assert torch.equal(out[:count], expected)
     parts_of = np.bincount(parts.experts, minlength=EXPERTS)
     assert counts.tolist() == [(2 * parts_of).tolist(), (2 * (parts_of > 0)).tolist()]
