@@ -40,6 +40,17 @@ class Parts(NamedTuple):
     """The gate's."""
 
 
+class Choice(NamedTuple):
+    """What replica choice depends on beside the top-k ids, and whose parts are wanted."""
+
+    homes: NDArray[np.uint64]
+    """[experts], bit i set: instance i is a home."""
+    live: int
+    """Mask of the instances that take part."""
+    instance: int
+    policy: Policy = Policy.ACTIVATED
+
+
 class NoLiveHome(MoemeshError):
     """The live mask leaves a chosen expert without a home."""
 
@@ -115,15 +126,9 @@ def exchange_digest(ids: NDArray[np.int32], replicas: NDArray[np.int32]) -> int:
     return int(_digest(ids, replicas))
 
 
-def plan_exchange(
-    ids: NDArray[np.int32],
-    weights: NDArray[np.float32],
-    homes: NDArray[np.uint64],
-    live: int,
-    instance: int,
-    policy: Policy = Policy.ACTIVATED,
-) -> tuple[Parts, int]:
-    """``choose_replicas``, then ``own_parts`` of ``instance`` and ``exchange_digest``, in one compiled call."""
+def plan_exchange(ids: NDArray[np.int32], weights: NDArray[np.float32], choice: Choice) -> tuple[Parts, int]:
+    """``schedule_activations``, then ``own_parts`` of an instance and ``exchange_digest``, in one compiled call."""
+    homes, live, instance, policy = choice
     code, digest, tokens, experts, own = plan(ids, weights, homes, np.uint64(live), instance, policy.code)
     refuse(code, len(homes))
     return Parts(tokens, experts, own), int(digest)

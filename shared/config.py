@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from shared.errors import ConfigError
+from shared.scheduling.policies import Policy
 
 ENV_PREFIX = "MOEMESH_"
 C = TypeVar("C")
@@ -79,6 +80,7 @@ class ExpertsConfig(MeshConfig):
 class SchedulerConfig(MeshConfig):
     homes: int = setting(0, "homes per expert; 0: every instance on CPU (weights are shared), one on GPU")
     lease_s: float = setting(5.0, "seconds after which another scheduler may take over")
+    policy: Policy = setting(Policy.ACTIVATED, "choice among homes: activated, tokens, random, first")  # noqa: RUF009
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import BadMessage
+from shared.scheduling.policies import Policy
 
 MAX_EXPERT_INSTANCES = 64  # the live mask is one 64-bit word
 U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
@@ -130,7 +131,7 @@ class Hello(Message):
 
 
 class Placement(Message):
-    """Homes of every logical expert: the only thing that replica choice depends on.
+    """Homes of every logical expert, and the policy: all that replica choice depends on, beside live instances.
 
     Bit i of a mask stands for ``instances[i]``. Stored under one key, by compare-and-set.
     """
@@ -147,6 +148,8 @@ class Placement(Message):
     experts: Count
     homes: bytes
     """uint64 little-endian [len(moe_layers), experts]: mask of the instances where the expert may run."""
+    policy: Policy = Policy.ACTIVATED
+    """How one of them is chosen."""
 
 
 # ---- requests ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from services.experts.compute import answer, plan_parts
 from services.experts.server import ExpertServer, Record, ServerLimits
 from services.experts.store import ExpertStore
-from shared.activation import PARTS
+from shared.activation import PARTS, Choice
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig
 from shared.keep_awake import KeepAwake
@@ -80,11 +80,11 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
 
 def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
     """Compile every kernel of an exchange, or load it from the cache on disk; ``layer`` is a spare one."""
-    everywhere = np.ones(spec.router.experts, np.uint64)
+    everywhere = Choice(np.ones(spec.router.experts, np.uint64), live=1, instance=0)
     for rows in (1, 8):
         x = torch.ones(rows, spec.hidden, device=device, dtype=dtype)
-        plan = plan_parts(layer, x, everywhere, live=1, instance=0)
+        plan = plan_parts(layer, x, everywhere)
         layer.load(set(plan.parts.experts.tolist()))  # these only: an expert may have to be unpacked or copied
         parts = len(plan.weights)
         room = np.empty(parts * PARTS.itemsize, np.uint8), torch.empty(parts, spec.hidden, device=device)
-        answer(layer, x, everywhere, 1, 0, *room, np.zeros((2, spec.router.experts), np.int64))
+        answer(layer, x, everywhere, *room, np.zeros((2, spec.router.experts), np.int64))

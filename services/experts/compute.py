@@ -10,21 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.activation import PARTS, Parts, plan_exchange, write_parts
+from shared.activation import PARTS, Choice, Parts, plan_exchange, write_parts
 from shared.models.moe import ExpertLayer, compute_parts, weights_of_sum
 
 
 def answer(
     layer: ExpertLayer,
     rows: Tensor,
-    homes: NDArray[np.uint64],
-    live: int,
-    instance: int,
+    choice: Choice,
     meta: NDArray[np.uint8],
     out: Tensor,
     counts: NDArray[np.int64],
 ) -> tuple[int, int]:
-    """Gate rows [T, H] and compute the P parts of ``instance``. Returns P and the digest of all choices.
+    """Gate rows [T, H] and compute the P parts of an instance. Returns P and the digest of all choices.
 
     Args:
         meta: uint8 [>= 12 * P], gets PARTS and zeros.
@@ -35,8 +33,8 @@ def answer(
     """
     at_once = layer.answering(rows)
     if at_once is not None:
-        return at_once(rows, homes, live, instance, meta, out, counts)
-    plan = plan_parts(layer, rows, homes, live, instance)
+        return at_once(rows, choice, meta, out, counts)
+    plan = plan_parts(layer, rows, choice)
     parts = len(plan.weights)
     compute_parts(layer, rows, plan.parts, out[:parts])
     write_parts(meta[: parts * PARTS.itemsize], plan.parts.tokens, plan.parts.experts, plan.weights)
@@ -57,12 +55,12 @@ class Plan:
     """Of the choices for all rows, the same on every instance."""
 
 
-def plan_parts(layer: ExpertLayer, rows: Tensor, homes: NDArray[np.uint64], live: int, instance: int) -> Plan:
-    """Gate rows [T, H] and pick the parts of ``instance``. Raises NoLiveHome."""
+def plan_parts(layer: ExpertLayer, rows: Tensor, choice: Choice) -> Plan:
+    """Gate rows [T, H] and pick the parts of an instance. Raises NoLiveHome."""
     if len(rows) == 0:
         nothing = np.empty(0, np.int32)
         none = Parts(nothing, nothing, np.empty(0, np.float32))
         return Plan(none, none.weights, 0)
     weights, ids = (tensor.numpy(force=True) for tensor in layer.gate(rows))
-    parts, digest = plan_exchange(ids, weights, homes, live, instance)
+    parts, digest = plan_exchange(ids, weights, choice)
     return Plan(parts, weights_of_sum(layer, parts), digest)

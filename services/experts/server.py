@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from services.experts.compute import answer
-from shared.activation import PARTS, NoLiveHome, layer_homes
+from shared.activation import PARTS, Choice, NoLiveHome, layer_homes
 from shared.errors import TransportError
 from shared.keep_awake import KeepAwake, LetHalt
 from shared.messages import Placement
 from shared.models.moe import ExpertLayer
 from shared.pace import UNPACED, Pace
+from shared.scheduling.policies import Policy
 from shared.telemetry import NO_TRACE
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Refusal, Transport
 
@@ -54,12 +55,13 @@ class KnownPlacement:
     instance: int
     """Our index in it; -1 when it does not name us."""
     homes: Mapping[int, NDArray[np.uint64]]
+    policy: Policy
 
     @classmethod
     def of(cls, placement: Placement, instance: str) -> "KnownPlacement":
         ids = placement.instances
         index = ids.index(instance) if instance in ids else -1
-        return cls(placement.version, index, layer_homes(placement))
+        return cls(placement.version, index, layer_homes(placement), placement.policy)
 
 
 @dataclass
@@ -236,9 +238,8 @@ class ExpertServer:
         try:
             homes = placement.homes[header.layer]
             frame = self._transport.outgoing(most * PARTS.itemsize, most, self._limits.hidden, torch.float32)
-            parts, digest = answer(
-                layer, rows, homes, header.live, placement.instance, frame.meta, frame.rows, self._counts[header.layer]
-            )
+            choice = Choice(homes, header.live, placement.instance, placement.policy)
+            parts, digest = answer(layer, rows, choice, frame.meta, frame.rows, self._counts[header.layer])
         except NoLiveHome as error:
             self._refuse(peer, header, Refusal.NO_HOME, str(error))
             return

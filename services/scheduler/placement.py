@@ -9,6 +9,7 @@ import numpy as np
 
 from shared.membership import Member
 from shared.messages import MAX_EXPERT_INSTANCES, ModelFacts, Placement
+from shared.scheduling.policies import Policy
 
 
 def round_robin(instances: Sequence[str], moe_layers: int, experts: int, homes_per_expert: int) -> np.ndarray:
@@ -51,7 +52,13 @@ def participants(current: Placement | None, ready: Sequence[Member], digest: str
 
 
 def next_placement(
-    current: Placement | None, ready: Sequence[Member], homes: int, author: str, epoch: int, newest: int = 0
+    current: Placement | None,
+    ready: Sequence[Member],
+    homes: int,
+    author: str,
+    epoch: int,
+    newest: int = 0,
+    policy: Policy = Policy.ACTIVATED,
 ) -> Placement | None:
     """The version that should follow ``current``, or None when nothing has to change.
 
@@ -62,7 +69,7 @@ def next_placement(
     if model is None:
         return None
     instances = participants(current, ready, model.digest)
-    if current and (current.digest, list(current.instances)) == (model.digest, instances):
+    if current and (current.digest, list(current.instances), current.policy) == (model.digest, instances, policy):
         return None
     devices = [m.heartbeat.device for m in ready if m.id in instances]
     table = round_robin(instances, len(model.moe_layers), model.experts, homes_per_expert(homes, devices))
@@ -70,19 +77,22 @@ def next_placement(
         version=max(current.version if current else 0, newest) + 1,
         epoch=epoch,
         author=author,
-        reason=reason(current, instances),
+        reason=reason(current, instances, policy),
         digest=model.digest,
         instances=tuple(instances),
         moe_layers=model.moe_layers,
         experts=model.experts,
         homes=table.astype("<u8").tobytes(),
+        policy=policy,
     )
 
 
-def reason(current: Placement | None, instances: Sequence[str]) -> str:
-    """One line for a person: who joined and who left."""
+def reason(current: Placement | None, instances: Sequence[str], policy: Policy) -> str:
+    """One line for a person: who joined and who left, or what else is new."""
     before = set(current.instances) if current else set()
     joined = [i for i in instances if i not in before]
     left = sorted(before - set(instances))
     parts = [f"{', '.join(ids)} {verb}" for ids, verb in ((joined, "joined"), (left, "left")) if ids]
+    if current and current.policy is not policy:
+        parts.append(f"homes are chosen by policy {policy}")
     return "; ".join(parts) or "another model"

@@ -44,7 +44,7 @@ class Reconciler:
         self.written = 0
         """Placements that were written here."""
         self._instance = instance
-        self._homes = config.homes
+        self._homes, self._policy = config.homes, config.policy
         self._store = store
         self._changed = asyncio.Event()
         self._settled_at = time.monotonic() + SETTLE_S
@@ -133,7 +133,7 @@ class Reconciler:
     def _desired(self, placement: Placement | None, epoch: int, newest: int) -> Placement | None:
         """The next version; or the stored one with our epoch, which makes a late write of our predecessor fail."""
         ready = self._instance.members.ready(Kind.EXPERTS)
-        following = next_placement(placement, ready, self._homes, self._instance.id, epoch, newest)
+        following = next_placement(placement, ready, self._homes, self._instance.id, epoch, newest, self._policy)
         if following:
             log.info("placement %d: %s", following.version, following.reason)
         elif placement and placement.epoch < epoch:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.activation import Choice
 from shared.kernels.weights import Weight
 from shared.models.spec import RouterSpec
 
@@ -215,9 +216,7 @@ class Answering(Protocol):
     def __call__(
         self,
         rows: Tensor,
-        homes: NDArray[np.uint64],
-        live: int,
-        instance: int,
+        choice: Choice,
         meta: NDArray[np.uint8],
         out: Tensor,
         counts: NDArray[np.int64],

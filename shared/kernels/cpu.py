@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.activation import Choice
 from shared.kernels import (
     amx,
     amx_blocks,
@@ -140,7 +141,7 @@ class CpuKernels(RowKernels):
             self.experts(x, table, positions, positions, "silu", torch.empty(2, 16))
         answering = self.answering(partial(self.route, x, weight, RouterSpec(experts=16, top_k=1)), x, table, "silu")
         homes, counts, meta = np.ones(16, np.uint64), np.zeros((2, 16), np.int64), np.zeros(24, np.uint8)
-        answering(torch.zeros(2, 16), homes, 1, 0, meta, torch.empty(2, 16), counts)
+        answering(torch.zeros(2, 16), Choice(homes, 1, 0), meta, torch.empty(2, 16), counts)
         self.gather(x, np.zeros((0, 4), np.int64), 1, homes)
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.activation import INCOMPLETE, place_parts, plan, refuse
+from shared.activation import INCOMPLETE, Choice, place_parts, plan, refuse
 from shared.kernels import native
 from shared.kernels.cpu_elementwise import add_parts
 from shared.kernels.jit import FP32, I32, I64, U32, helper, kernel, view1, view2
@@ -43,17 +43,15 @@ class Answer:
     def __call__(
         self,
         rows: Tensor,
-        homes: NDArray[np.uint64],
-        live: int,
-        instance: int,
+        choice: Choice,
         meta: NDArray[np.uint8],
         out: Tensor,
         counts: NDArray[np.int64],
     ) -> tuple[int, int]:
         """See ``services.experts.compute.answer``. rows: contiguous fp32 [T, H]."""
-        code, count, digest = answer(
-            *self._recorded, rows.data_ptr(), homes, np.uint64(live), instance, meta, out.data_ptr(), counts
-        )
+        homes, live, instance, policy = choice
+        rules = homes, np.uint64(live), instance, policy.code
+        code, count, digest = answer(*self._recorded, rows.data_ptr(), *rules, meta, out.data_ptr(), counts)
         if code in (_GATE_REFUSED, _EXPERTS_REFUSED):
             part = "gate" if code == _GATE_REFUSED else "experts"
             raise ValueError(f"kernels of the {part} refused their input (an expert is not resident) or had no memory")
@@ -79,7 +77,7 @@ def _run_experts(at, first, tokens, experts, out):
 
 
 @kernel
-def answer(calls, gates, first, room, size, weights, ids, rows, k, x, homes, live, instance, meta, out, counts):
+def answer(calls, gates, first, room, size, weights, ids, rows, k, x, homes, live, instance, policy, meta, out, counts):
     """(what ``plan`` says or one of the above, number of parts, digest)"""
     target, source = view1(room, size, FP32), view1(x, size, FP32)
     for i in range(size):
@@ -87,7 +85,7 @@ def answer(calls, gates, first, room, size, weights, ids, rows, k, x, homes, liv
     if native.play(calls, gates) >= 0:
         return _GATE_REFUSED, 0, np.uint64(0)
     chosen, factors = view2(ids, rows, k, I32), view2(weights, rows, k, FP32)
-    code, digest, tokens, experts, own = plan(chosen, factors, homes, live, instance)
+    code, digest, tokens, experts, own = plan(chosen, factors, homes, live, instance, policy)
     count = len(tokens)
     _write(meta.view(np.uint32), meta.view(np.float32), tokens, experts, own)
     if code == -1 and count and not _run_experts(calls + gates * native.CALL_BYTES, first, tokens, experts, out):

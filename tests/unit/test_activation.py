@@ -1,5 +1,7 @@
 """What both sides of an exchange agree on: parts, digest, homes, names of meshes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from shared.activation import (
     PARTS,
+    Choice,
     NoLiveHome,
     choose_replicas,
     exchange_digest,
@@ -42,7 +45,7 @@ def test_a_plan_in_one_call_is_the_same_choice_parts_and_digest(exchange, instan
     ids, homes, live = exchange
     weights = np.arange(ids.size, dtype=np.float32).reshape(ids.shape)
     replicas = choose_replicas(ids, homes, live)
-    parts, digest = plan_exchange(ids, weights, homes, live, instance)
+    parts, digest = plan_exchange(ids, weights, Choice(homes, live, instance))
     assert digest == exchange_digest(ids, replicas)
     for planned, expected in zip(parts, own_parts(ids, replicas, weights, instance), strict=True):
         assert np.array_equal(planned, expected)
@@ -50,9 +53,13 @@ def test_a_plan_in_one_call_is_the_same_choice_parts_and_digest(exchange, instan
 
 def test_an_expert_without_live_home_is_named():
     ids, homes = np.array([[0, 1]], np.int32), np.array([1, 2], np.uint64)
-    for choose in (choose_replicas, lambda *args, live: plan_exchange(args[0], np.ones((1, 2), "f4"), homes, live, 0)):
+    weights = np.ones((1, 2), np.float32)
+    for choose in (
+        partial(choose_replicas, ids, homes, live=0b01),
+        partial(plan_exchange, ids, weights, Choice(homes, 0b01, 0)),
+    ):
         with pytest.raises(NoLiveHome, match="expert 1 ") as caught:
-            choose(ids, homes, live=0b01)
+            choose()
         assert caught.value.expert == 1
 
 

@@ -11,6 +11,7 @@ import torch
 from services.attention.exchange import ExpertInstance, View
 from shared.errors import ExchangeUnavailable
 from shared.messages import Placement
+from shared.scheduling.policies import Policy
 from shared.transport.base import DTYPES, FrameKind, Header, Refusal
 from shared.transport.memory import MemoryNetwork, MemoryTransport
 from tests.unit.toy_experts import (
@@ -50,6 +51,18 @@ def test_each_part_is_computed_once():
         mesh.check(seed=4, rows=16)
         assert sum(i.server.stats.parts for i in mesh.instances) == 16 * TOP_K
         assert all(i.server.stats.parts > 0 for i in mesh.instances)
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_every_policy_gives_the_local_bytes(policy):
+    with toy_mesh(everywhere(3), deadline=5.0) as mesh:
+        placement = mesh.placement.model_copy(update={"version": 2, "policy": policy})
+        mesh.adopt(placement)
+        mesh.exchange.update(mesh.view(placement=placement))
+        mesh.check(seed=4, rows=16)
+        parts = [instance.server.stats.parts for instance in mesh.instances]
+        assert sum(parts) == 16 * TOP_K
+        assert (parts[0] == sum(parts)) == (policy is Policy.FIRST)
 
 
 def test_several_exchanges_can_be_open_at_once():

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.attention.replies import Arrangement
-from shared.activation import PARTS, PROBLEMS, NoLiveHome, plan_exchange
+from shared.activation import PARTS, PROBLEMS, Choice, NoLiveHome, plan_exchange
 from shared.kernels.cpu import CpuKernels
 from shared.models.spec import RouterSpec
+from shared.scheduling.policies import Policy
 from tests.unit.kernel_cases import MATRIX_DTYPES, matrix, normal
 
 EXPERTS, TOP_K, HIDDEN, INNER = 7, 3, 24, 40
@@ -36,24 +37,26 @@ def table(cpu: CpuKernels, dtype: torch.dtype, resident: range = range(EXPERTS))
     live=st.integers(1, 7),
     instance=st.integers(0, 2),
     dtype=st.sampled_from(MATRIX_DTYPES),
+    policy=st.sampled_from(Policy),
 )
-def test_an_answer_is_gate_choice_and_experts_one_after_the_other(cpu, rows, seed, live, instance, dtype):
+def test_an_answer_is_gate_choice_and_experts_one_after_the_other(cpu, rows, seed, live, instance, dtype, policy):
     x, router = normal(rows, HIDDEN, seed=seed), normal(EXPERTS, HIDDEN, seed=seed + 1)
     homes = np.random.default_rng(seed).integers(1, 8, EXPERTS).astype(np.uint64)
     weights, ids = cpu.route(x, router, ROUTER)
+    choice = Choice(homes, live, instance, policy)
     experts, room, counts = table(cpu, dtype), torch.empty(rows, HIDDEN), np.zeros((2, EXPERTS), np.int64)
     answering = cpu.answering(partial(cpu.route, room, router, ROUTER), room, experts, "silu")
     meta, out = np.full(12 * rows * TOP_K, 255, np.uint8), torch.empty(rows * TOP_K, HIDDEN)
     try:
-        parts, digest = plan_exchange(ids.numpy(), weights.numpy(), homes, live, instance)
+        parts, digest = plan_exchange(ids.numpy(), weights.numpy(), choice)
     except NoLiveHome as error:
         with pytest.raises(NoLiveHome, match=str(error)):
-            answering(x, homes, live, instance, meta, out, counts)
+            answering(x, choice, meta, out, counts)
         return
     expected = torch.empty(len(parts.tokens), HIDDEN)
     cpu.experts(x, experts, torch.from_numpy(parts.tokens), torch.from_numpy(parts.experts), "silu", expected)
     for _ in range(2):  # what is recorded can be used again
-        count, same = answering(x, homes, live, instance, meta, out, counts)
+        count, same = answering(x, choice, meta, out, counts)
         assert (count, same) == (len(parts.tokens), digest)
         found = meta.view(PARTS)
         assert found[:count].tolist() == list(zip(*(array.tolist() for array in parts), strict=True))
@@ -71,7 +74,7 @@ def test_an_answer_that_needs_an_expert_that_is_not_resident_is_an_error(cpu):
     )
     meta, out, counts = np.zeros(12 * 27, np.uint8), torch.empty(27, HIDDEN), np.zeros((2, EXPERTS), np.int64)
     with pytest.raises(ValueError, match="not resident"):
-        answering(x, np.ones(EXPERTS, np.uint64), 1, 0, meta, out, counts)
+        answering(x, Choice(np.ones(EXPERTS, np.uint64), 1, 0), meta, out, counts)
     assert not counts.any()
 
 

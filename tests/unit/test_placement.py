@@ -12,6 +12,7 @@ from shared.errors import BadMessage
 from shared.membership import Member, Members
 from shared.messages import ExpertFacts, Heartbeat, Kind, ModelFacts, Placement, State
 from shared.placement_watch import adoptable, homes_array
+from shared.scheduling.policies import Policy
 
 MODEL = ModelFacts(name="m", digest="aa", layers=4, moe_layers=(1, 2, 3), experts=8, top_k=2)
 OTHER = MODEL.model_copy(update={"digest": "bb", "name": "n"})
@@ -23,8 +24,10 @@ def expert(id: str, model: ModelFacts = MODEL, device: str = "cpu", **more: Any)
     return Member(beat, 0.0)
 
 
-def place(current: Placement | None, *ready: Member, homes: int = 0, newest: int = 0) -> Placement | None:
-    return next_placement(current, ready, homes, "scheduler-1", epoch=3, newest=newest)
+def place(
+    current: Placement | None, *ready: Member, homes: int = 0, newest: int = 0, policy: Policy = Policy.ACTIVATED
+) -> Placement | None:
+    return next_placement(current, ready, homes, "scheduler-1", epoch=3, newest=newest, policy=policy)
 
 
 def placed(current: Placement | None, *ready: Member, homes: int = 0) -> Placement:
@@ -123,3 +126,14 @@ def test_attention_waits_for_every_living_ready_instance_to_load_and_for_nobody_
     assert adoptable(placement, members)
     members.beat(expert("e2", experts=loaded).heartbeat)
     assert adoptable(placement, members)
+
+
+def test_another_policy_is_a_new_version_that_says_so() -> None:
+    first = placed(None, expert("e1"))
+    assert first.policy is Policy.ACTIVATED
+    second = place(first, expert("e1"), policy=Policy.TOKENS)
+    assert second is not None
+    assert (second.version, second.policy, second.homes) == (first.version + 1, Policy.TOKENS, first.homes)
+    assert second.reason == "homes are chosen by policy tokens"
+    assert Placement.decode(second.encode()) == second
+    assert place(second, expert("e1"), policy=Policy.TOKENS) is None

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.activation import choose_replicas, exchange_digest, plan_exchange, schedule_activations
+from shared.activation import Choice, choose_replicas, exchange_digest, plan_exchange, schedule_activations
 from shared.scheduling.optimum import fits, least_a_max
 from shared.scheduling.policies import Policy
 from tests.unit.exchanges import exchanges, hosts_of, plain_choice
@@ -82,7 +82,7 @@ def test_every_policy_picks_live_homes_counts_what_it_activates_and_repeats_itse
     assert activated.tolist() == [sum(i == at for _, i in pairs) for at in range(live.bit_length())]
     again = schedule_activations(np.asfortranarray(ids), homes, live, policy)
     assert np.array_equal(replicas, again.replicas)
-    digest = plan_exchange(ids, np.ones(ids.shape, np.float32), homes, live, 0, policy)[1]
+    digest = plan_exchange(ids, np.ones(ids.shape, np.float32), Choice(homes, live, 0, policy))[1]
     assert digest == exchange_digest(ids, replicas)
 
 

@@ -16,7 +16,7 @@ from services.attention.mesh_exchange import MeshExchange
 from services.attention.replies import Arrangement
 from services.experts.compute import plan_parts
 from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
-from shared.activation import PARTS, write_parts
+from shared.activation import PARTS, Choice, write_parts
 from shared.kernels.base import Kernels
 from shared.messages import Placement
 from shared.transport.memory import MemoryNetwork, MemoryTransport
@@ -151,7 +151,7 @@ def random_rows(seed: int, rows: int) -> Tensor:
 def compile_exchange() -> None:
     """Compile what an exchange runs, so that no deadline of a test meets the compiler."""
     homes = np.ones(EXPERTS, np.uint64)
-    plan = plan_parts(ToyLayer(LAYERS[0]), random_rows(0, 1), homes, 1, 0)
+    plan = plan_parts(ToyLayer(LAYERS[0]), random_rows(0, 1), Choice(homes, 1, 0))
     meta = np.empty(TOP_K * PARTS.itemsize, np.uint8)
     write_parts(meta, plan.parts.tokens, plan.parts.experts, plan.weights)
     Arrangement(TOP_K).fill(1, [(0, meta)], homes)
