@@ -16,6 +16,8 @@ from rich.table import Table
 
 BENCH = Path(__file__).parent
 SCRIPTS = ("decode.py", "limit.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py", "idle.py", "memory.py")
+PURE = ("activation.py", "rebalance.py")
+"""Those that need no model."""
 STEAL = 7
 
 
@@ -45,6 +47,7 @@ def all_bars(scratch: Path, peers: list[str]) -> list[dict[str, Any]]:
     make_checkpoint("bench-1b", model)
     results = [run("peers.py", "--model", str(model), "--json", *peers)]
     results += [run(script, "--model", str(model), "--json") for script in SCRIPTS]
+    results += [run(script) for script in PURE]
     return [
         {"bench": result["bench"], "stolen": result["stolen"], **bar} for result in results for bar in result["bars"]
     ]
