@@ -31,7 +31,7 @@ class Sum:
         homes: uint64 [experts], where an expert may have been computed. Returns what is wrong, "" when it is done.
         """
         table = [(bit, reply.meta_address, reply.rows.data_ptr(), len(reply.rows)) for bit, reply in replies]
-        code = self._kernels.gather(x, np.array(table, np.int64), self._top_k, homes)
+        code = self._kernels.gather(x, np.array(table, np.int64).reshape(-1, 4), self._top_k, homes)
         if code is not None:
             return PROBLEMS[code]
         metas = ((bit, reply.meta[: len(reply.rows) * PART_BYTES]) for bit, reply in replies)

@@ -58,8 +58,10 @@ def replace(old: Residents, activity: Floats, slots: int, price: float = PRICE, 
         most: replicas that may be moved for the gain alone, beside what experts without a home need.
 
     Raises:
-        ValueError: there are fewer slots than experts.
+        ValueError: there are fewer slots than experts, or an activity is no finite number.
     """
+    if not np.isfinite(activity).all():
+        raise ValueError("the activity of an expert is not a finite number")
     residents = _house(old, activity, slots)
     moved = 0
     while most is None or moved + 2 <= most:
@@ -100,10 +102,15 @@ def fluid_loads(residents: Residents, activity: Floats) -> Floats:
 
 
 def _house(old: Residents, activity: Floats, slots: int) -> Residents:
-    """Give every expert a home: on a free slot, else in place of the replica that is needed least."""
+    """Give every expert a home: on a free slot, else in place of the replica that is needed least. Nobody has more
+    replicas than slots: those needed least are dropped first."""
     residents = old.copy()
     if residents.shape[1] > len(residents) * slots:
         raise ValueError(f"{len(residents) * slots} slots cannot hold {residents.shape[1]} experts")
+    for g in np.flatnonzero(residents.sum(axis=1) > slots):
+        held = np.flatnonzero(residents[g])
+        needed = activity[held] / residents.sum(axis=0)[held]
+        residents[g, held[np.argsort(needed, kind="stable")[: len(held) - slots]]] = False
     homeless = np.flatnonzero(~residents.any(axis=0))
     for e in homeless[np.argsort(-activity[homeless], kind="stable")]:
         held = residents.sum(axis=1)

@@ -300,7 +300,7 @@ class CpuKernels(RowKernels):
             self.experts(room, table, ids, ids, activation, out)
         finally:
             self._tape = None
-        return Answer(tape, room, routed, out)
+        return Answer(tape, room, routed, table, out)
 
     def gather(self, out: Tensor, replies: np.ndarray, top_k: int, homes: np.ndarray) -> int:
         """See ``Kernels``."""

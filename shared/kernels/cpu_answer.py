@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.activation import INCOMPLETE, Choice, place_parts, plan, refuse
 from shared.kernels import native
+from shared.kernels.base import ExpertTable
 from shared.kernels.cpu_elementwise import add_parts
 from shared.kernels.jit import FP32, I32, I64, U32, helper, kernel, view1, view2
 from shared.kernels.recorder import Tape
@@ -29,11 +30,14 @@ class Answer:
         tape: the gate's calls and then one of experts that reads ``room`` and computes every choice.
         room: fp32 [T, H], what the recorded calls read.
         routed: weights fp32 [T, k] and ids int32 [T, k], what the gate writes.
+        table: the experts'.
         out: where the recorded experts would write.
     """
 
-    def __init__(self, tape: Tape, room: Tensor, routed: tuple[Tensor, Tensor], out: Tensor) -> None:
-        self._kept = tape, room, routed
+    def __init__(
+        self, tape: Tape, room: Tensor, routed: tuple[Tensor, Tensor], table: ExpertTable, out: Tensor
+    ) -> None:
+        self._kept = tape, room, routed, table  # the calls know their addresses, and another thread may swap tables
         self._calls = np.array([native.encode(*call) for call in tape.calls], native.CALL)
         first = self._calls[-1]["numbers"].tolist().index(out.data_ptr()) - _OUT
         weights, ids = routed

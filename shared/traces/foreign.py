@@ -91,7 +91,10 @@ def read_counts(path: Path) -> NDArray[np.float64]:
 
 
 def _json_counts(path: Path) -> NDArray[np.number]:
-    text = path.read_text()
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadTrace(path, "text", f"not UTF-8 ({error})") from error
     try:
         rows = json.loads(text)
     except ValueError:
@@ -117,7 +120,7 @@ def _array(path: Path) -> NDArray[np.number]:
         if not data.startswith(b"\x93NUMPY"):
             data = base64.b64decode(data.strip().strip(b'"'), validate=True)
         table = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, binascii.Error) as error:
+    except (ValueError, EOFError, OSError, MemoryError, binascii.Error) as error:
         raise BadTrace(path, "array", f"neither an .npy file nor base64 of one, or cut off ({error})") from error
     if not isinstance(table, np.ndarray) or not np.issubdtype(table.dtype, np.number):
         raise BadTrace(path, "array", "not an array of numbers")

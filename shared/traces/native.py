@@ -7,6 +7,7 @@ All little-endian. Ids take one byte when the header's number of experts allows.
 the number of the record, after the whole ones before it have been given out.
 """
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ _RECORD = struct.Struct("<IHHIQ")
 _MAX_HEADER = 1 << 20
 
 
+MOST_EXPERTS = 1 << 16
+"""Per layer: ids have at most two bytes."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What all records of a file have in common."""
@@ -40,6 +45,10 @@ class Header:
     layers: tuple[int, ...]
     """Checkpoint indices of the layers that have experts."""
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts <= MOST_EXPERTS:
+            raise ValueError(f"{self.experts} experts: a trace takes 1 to {MOST_EXPERTS}")
 
     @property
     def dtype(self) -> np.dtype:
@@ -123,9 +132,9 @@ def _record(path: Path, where: str, header: Header, fields: bytes, file: BinaryI
         raise BadTrace(path, where, "the file is cut off")
     crc, layer, k, rows, step = _RECORD.unpack(fields)
     size = rows * k * header.dtype.itemsize
-    data = file.read(size)
-    if len(data) < size:
+    if size > os.fstat(file.fileno()).st_size - file.tell():
         raise BadTrace(path, where, "the file is cut off")
+    data = file.read(size)
     if zlib.crc32(fields[_LENGTH.size :] + data) != crc:
         raise BadTrace(path, where, "damaged: its checksum is wrong")
     ids = np.frombuffer(data, header.dtype).reshape(rows, k).astype(np.int32)

@@ -165,7 +165,6 @@ class UcxTransport:
             if frame is not None:
                 self._nap = self._first_nap
                 return frame
-            self._replace_stuck_receives()
             if self._woken[0] or time.monotonic() >= deadline:
                 self._settle()
                 return None
@@ -179,10 +178,14 @@ class UcxTransport:
             waiting = self._awaiting_rows + self._posted  # what began to arrive first is delivered first
             receives = np.array([slot.request for slot in waiting], np.int64)
             sends = np.array([request for peer in self._sending for request in peer.requests], np.int64)
+            # Rows apart are asked for when their header is there: then nobody waits for other headers.
+            wanted = 1 if self._rows_apart else min(together, len(waiting))
             what = ucp.wait(
                 self._ucx.functions, self._handle, self._files, receives, self._statuses[: len(waiting)], sends,
-                self._woken, min(together, len(waiting)), times,
+                self._woken, wanted, times,
             )  # fmt: skip
+            if what < wanted:
+                self._replace_stuck_receives()
             if what == ucp.NOTHING:
                 return None
             if what == ucp.SENT:
@@ -203,10 +206,11 @@ class UcxTransport:
 
     def _settle(self) -> None:
         """Take notice of a ``wake``."""
-        if self._woken[0]:
-            self._woken[0] = 0
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake_fd)
+        with self._wake_lock:  # else a ``wake`` between the two would leave the descriptor readable for good
+            if self._woken[0]:
+                self._woken[0] = 0
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
 
     def wake(self) -> None:
         with self._wake_lock:

@@ -1,5 +1,7 @@
 """The single calls of both sides of an exchange do what their steps do, and refuse what those refuse."""
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -64,6 +66,18 @@ def test_an_answer_is_gate_choice_and_experts_one_after_the_other(cpu, rows, see
         assert torch.equal(out[:count], expected)
     parts_of = np.bincount(parts.experts, minlength=EXPERTS)
     assert counts.tolist() == [(2 * parts_of).tolist(), (2 * (parts_of > 0)).tolist()]
+
+
+def test_an_answer_keeps_the_weights_it_reads_whatever_happens_to_the_table(cpu):
+    room, router, experts = torch.empty(2, HIDDEN), normal(EXPERTS, HIDDEN, seed=2), table(cpu, torch.bfloat16)
+    answering = cpu.answering(partial(cpu.route, room, router, ROUTER), room, experts, "silu")
+    alive = weakref.ref(experts)
+    del experts
+    gc.collect()
+    assert alive() is not None
+    del answering
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_answer_that_needs_an_expert_that_is_not_resident_is_an_error(cpu):

@@ -160,6 +160,17 @@ def test_experts_of_an_instance_that_is_gone_get_homes_on_the_others(layer, gone
         assert_valid(replace(old, activity, slots), slots)
 
 
+def test_instances_with_more_replicas_than_slots_give_some_up_and_no_expert_is_lost():
+    old = to_residents(np.full(8, 0b11, np.uint64), 2)
+    assert_valid(replace(old, np.linspace(0.1, 1.0, 8), slots=5), 5)
+    assert_valid(replace(old, np.linspace(0.1, 1.0, 8), slots=4), 4)
+
+
+def test_activity_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        replace(to_residents(np.full(8, 0b11, np.uint64), 2), np.full(8, np.nan), slots=4)
+
+
 def test_an_instance_that_joins_gets_its_share():
     activity = np.full(12, 0.5)
     old = np.vstack([np.ones((2, 12), np.bool_), np.zeros((1, 12), np.bool_)])

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,24 @@ def test_a_damaged_record_is_refused_by_its_number(tmp_path):
     path.write_bytes(data)
     with pytest.raises(BadTrace, match="record 2: damaged"):
         list(read_native(path))
+
+
+def test_a_record_that_claims_more_than_the_file_has_is_refused_without_reading_it(tmp_path):
+    path = write(tmp_path / "t")
+    path.write_bytes(path.read_bytes() + np.full(8, 2**32 - 1, "<u4").tobytes())
+    with pytest.raises(BadTrace, match="record 1: the file is cut off"):
+        list(read_native(path))
+
+
+def test_more_experts_than_ids_can_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="65536"):
+        replace(HEADER, experts=100_000)
+
+
+def test_counts_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "c.json").write_bytes(b"\xff\xfe[1]")
+    with pytest.raises(BadTrace, match="UTF-8"):
+        read_counts(tmp_path / "c.json")
 
 
 def test_a_record_of_an_expert_that_does_not_exist_is_refused(tmp_path):
