@@ -36,6 +36,7 @@ incoming_headers: ContextVar[Mapping[str, str]] = ContextVar("incoming_headers",
 """Headers of the message that the current handler was called for (trace context)."""
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 Handler = Callable[[M], Awaitable[Message | None] | None]
 
@@ -143,7 +144,7 @@ class Bus:
             async with asyncio.timeout(timeout):
                 await self.until_connected(subject, timeout)
                 self.counts["published"] += 1
-                raw = await self._client.request(subject, data, timeout=timeout, headers=headers)
+                raw = await cancellable(self._client.request(subject, data, timeout=timeout, headers=headers))
         except nats.errors.NoRespondersError as error:
             self.counts["unanswered"] += 1
             raise BusUnavailable(subject, "no service listens") from error
@@ -294,3 +295,17 @@ def _encode(message: Message) -> bytes:
     if len(data) > MAX_MESSAGE_BYTES:
         raise BadMessage(type(message).__name__, f"{len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
     return data
+
+
+async def cancellable(work: Awaitable[T]) -> T:
+    """The result of ``work``; raises CancelledError when this task was cancelled meanwhile.
+
+    ``asyncio.wait_for`` of Python 3.11, which nats-py uses, drops a cancellation that comes together with the result.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    result = await work
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
+    return result
