@@ -29,8 +29,8 @@ from shared.models.index import read_index
 LEAST = {1: 0.75, 32: 0.60}
 """Batch -> lowest acceptable share; of other batches 0.5."""
 READ_BYTES = 2 << 30
-SETTLED = 4
-"""Tokens that every stream has before anything is counted."""
+SETTLED, SPARE = 4, 4
+"""Tokens that every stream has before anything is counted, and that the first one has left after that."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,14 @@ class Counts:
     activations: float
 
 
-async def count(mesh: LocalMesh) -> Counts:
+async def pages(mesh: LocalMesh) -> list[str]:
+    """Where the metrics of both pools are read. To be asked for early: finding members takes a second."""
     members, _ = await look(mesh.nats_url, mesh.options.mesh)
-    kinds = Kind.ATTENTION, Kind.EXPERTS
+    return [m.heartbeat.url + "/metrics" for m in members if m.heartbeat.kind in (Kind.ATTENTION, Kind.EXPERTS)]
+
+
+async def count(urls: list[str]) -> Counts:
     async with httpx.AsyncClient() as client:
-        urls = [m.heartbeat.url + "/metrics" for m in members if m.heartbeat.kind in kinds]
         answers = await asyncio.gather(*(client.get(url) for url in urls))
     totals: dict[str, float] = {}
     for family in (f for answer in answers for f in text_string_to_metric_families(answer.text)):
@@ -87,18 +90,21 @@ def bandwidth(memory: torch.Tensor) -> float:
     return memory.nbytes / min(spent)
 
 
-async def decode(mesh: LocalMesh, ids: list[list[int]], output: int) -> tuple[Counts, Counts]:
-    """Counts at two moments: all streams decode, until the first of them ends."""
+async def decode(url: str, urls: list[str], ids: list[list[int]], output: int) -> tuple[Counts, Counts]:
+    """Counts at two moments between which all streams decode."""
     watched = [Stream(0.0) for _ in ids]
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=len(ids))) as client:
         tasks = [
-            asyncio.create_task(stream_tokens(client, mesh.url, prompt, output, into=stream))
+            asyncio.create_task(stream_tokens(client, url, prompt, output, into=stream))
             for prompt, stream in zip(ids, watched, strict=True)
         ]
         await reach(watched, [SETTLED] * len(ids), tasks)
-        first = await count(mesh)
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        last = await count(mesh)
+        first = await count(urls)
+        while max(len(stream.arrivals) for stream in watched) < output - SPARE:
+            if any(task.done() for task in tasks):
+                raise RuntimeError("a stream ended too soon")
+            await asyncio.sleep(0.002)
+        last = await count(urls)
         await asyncio.gather(*tasks)
     return first, last
 
@@ -123,11 +129,12 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     rows: list[dict[str, float]] = []
     async with LocalMesh(options) as mesh:
         await refuse_paced(mesh)
+        urls = await pages(mesh)
         for repeat in range(args.repeats):
             for batch in batches:
                 ids = prompts(batch, args.prompt, args.vocab, seed=batch + 100 * repeat)
                 speed = bandwidth(memory)
-                span = await decode(mesh, ids, args.output)
+                span = await decode(mesh.url, urls, ids, args.output)
                 rows.append(row(batch, sizes, speed, span, args.prompt + args.output / 2))
                 print(rows[-1], flush=True)
     shares = {batch: median([row["share"] for row in rows if row["batch"] == batch]) for batch in batches}
