@@ -152,6 +152,25 @@ class Placement(Message):
     """How one of them is chosen."""
 
 
+class Activated(Message):
+    """Attention -> scheduler, published: which experts the latest exchanges of one layer have activated.
+
+    Exchanges are a sample when there were many. Activation and co-activation counts follow from the masks.
+    """
+
+    attention: str
+    incarnation: U64
+    layer: Count
+    """Checkpoint index."""
+    experts: Count
+    seconds: Annotated[float, Field(ge=0)]
+    """How long ago the first of them was."""
+    rows: Count
+    """Tokens in all of them."""
+    masks: bytes
+    """uint64 little-endian [exchanges, words of 64 experts], oldest first; bit e % 64 of word e // 64: expert e."""
+
+
 # ---- requests ---------------------------------------------------------------------------------------------
 
 
@@ -313,6 +332,11 @@ class Subjects:
 
     def attention(self, instance: str, verb: Literal["submit", "cancel", "resend", "ack"]) -> str:
         return f"{self.prefix}.attention.{instance}.{verb}"
+
+    @property
+    def activated(self) -> str:
+        """Which experts exchanges activate."""
+        return f"{self.prefix}.activated"
 
     def tokens(self, gateway: str) -> str:
         return f"{self.prefix}.gateway.{gateway}.tokens"
