@@ -130,7 +130,8 @@ class Meeting:
 
     def complete(self, now: float) -> bool:
         """Whether there is nobody to wait for any more."""
-        return bool(self.joins) and (now >= self.due or self.expected <= self.joins.keys())
+        here = {join.incarnation for join in self.joins.values() if join.until > now}
+        return bool(self.joins) and (now >= self.due or self.expected <= here)
 
     def form(self, order: Sequence[int], now: float) -> list[list[Join]]:
         """Groups of those who have joined, members in the given order of incarnations; then nobody has joined.
