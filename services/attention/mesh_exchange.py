@@ -6,6 +6,7 @@ sent to experts is sending.py's, which frame belongs to which exchange pending.p
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -116,10 +117,6 @@ class MeshExchange:
         """Another cost table, or fixed ways, from the next step on; for benches."""
         self._choice.use(ways)
 
-    def use(self, ways: Ways) -> None:
-        """Another cost table, or fixed ways, from the next step on; for benches."""
-        self._choice.use(ways)
-
     def abandon(self) -> None:
         for pending in list(self._inbox.open.values()):
             self._close(pending)
@@ -144,7 +141,9 @@ class MeshExchange:
         return self._stats.copy()
 
     def ways(self) -> Sequence[Row]:
-        return self._choice.ways.table()
+        table = self._choice.ways.table()
+        sizes = Counter((row.rows, row.members) for row in table)
+        return [row for row in table if sizes[row.rows, row.members] > 1]
 
     def samples(self) -> Iterable[Sample]:
         yield from exchange_samples(self.stats())
