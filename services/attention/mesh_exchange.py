@@ -99,6 +99,7 @@ class MeshExchange:
 
     def warm_up(self, layer: int, x: Tensor) -> None:
         self._sum.warm_up(x)
+        self._sender.warm_up(layer, x)
 
     def foresee(self, view: View) -> None:
         self._members = frozenset(instance.incarnation for instance in view.instances.values())
@@ -111,10 +112,6 @@ class MeshExchange:
         if newcomers:
             self._sender.hello(newcomers)
         self._choice.update(self._lockstep.meet(view.neighbours))
-
-    def use(self, ways: Ways) -> None:
-        """Another cost table, or fixed ways, from the next step on; for benches."""
-        self._choice.use(ways)
 
     def use(self, ways: Ways) -> None:
         """Another cost table, or fixed ways, from the next step on; for benches."""
