@@ -100,6 +100,7 @@ class MeshExchange:
 
     def warm_up(self, layer: int, x: Tensor) -> None:
         self._sum.warm_up(x)
+        self._sender.warm_up(layer, x)
 
     def foresee(self, view: View) -> None:
         self._members = frozenset(instance.incarnation for instance in view.instances.values())
