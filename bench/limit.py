@@ -11,9 +11,11 @@ import argparse
 import asyncio
 import json
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
@@ -26,6 +28,7 @@ from shared.cli.status import look
 from shared.messages import Kind
 from shared.models.index import read_index
 
+C = TypeVar("C")
 LEAST = {1: 0.75, 32: 0.60}
 """Batch -> lowest acceptable share; of other batches 0.5."""
 READ_BYTES = 2 << 30
@@ -90,8 +93,8 @@ def bandwidth(memory: torch.Tensor) -> float:
     return memory.nbytes / min(spent)
 
 
-async def decode(url: str, urls: list[str], ids: list[list[int]], output: int) -> tuple[Counts, Counts]:
-    """Counts at two moments between which all streams decode."""
+async def decode(url: str, read: Callable[[], Awaitable[C]], ids: list[list[int]], output: int) -> tuple[C, C]:
+    """What ``read`` gives at two moments between which all streams decode."""
     watched = [Stream(0.0) for _ in ids]
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=len(ids))) as client:
         tasks = [
@@ -99,12 +102,12 @@ async def decode(url: str, urls: list[str], ids: list[list[int]], output: int) -
             for prompt, stream in zip(ids, watched, strict=True)
         ]
         await reach(watched, [SETTLED] * len(ids), tasks)
-        first = await count(urls)
+        first = await read()
         while max(len(stream.arrivals) for stream in watched) < output - SPARE:
             if any(task.done() for task in tasks):
                 raise RuntimeError("a stream ended too soon")
             await asyncio.sleep(0.002)
-        last = await count(urls)
+        last = await read()
         await asyncio.gather(*tasks)
     return first, last
 
@@ -134,7 +137,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
             for batch in batches:
                 ids = prompts(batch, args.prompt, args.vocab, seed=batch + 100 * repeat)
                 speed = bandwidth(memory)
-                span = await decode(mesh.url, urls, ids, args.output)
+                span = await decode(mesh.url, partial(count, urls), ids, args.output)
                 rows.append(row(batch, sizes, speed, span, args.prompt + args.output / 2))
                 print(rows[-1], flush=True)
     shares = {batch: median([row["share"] for row in rows if row["batch"] == batch]) for batch in batches}

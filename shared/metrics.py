@@ -40,6 +40,8 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "exchange_bytes": ("counter", "Bytes of frames on the data plane, by direction."),
     "exchange_repeats": ("counter", "Exchanges that were sent again."),
     "frames_dropped": ("counter", "Frames thrown away, by reason."),
+    "trace_recorders": ("gauge", "Recorders of routing that this instance sends to."),
+    "trace_dropped": ("counter", "Exchanges that recorders did not get, because they wanted more than could be sent."),
     "expert_tokens": ("counter", "Tokens computed, by layer and expert."),
     "expert_activations": ("counter", "Exchanges in which the expert computed anything here, by layer and expert."),
     "replicas": ("gauge", "Loaded expert replicas."),

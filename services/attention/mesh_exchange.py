@@ -15,6 +15,7 @@ from services.attention.exchange import Handle, View
 from services.attention.pending import ExchangeStats, Inbox, Pending
 from services.attention.replies import Sum
 from services.attention.stats import exchange_samples
+from services.attention.tap import RoutingTap
 from services.attention.targets import Targets
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
@@ -38,6 +39,7 @@ class MeshExchange:
             every fruitless repeat.
         give_up: seconds after which an exchange ends with ExchangeUnavailable; 0: three deadlines.
         pause: seconds before a refused dispatch is repeated; doubles up to 0.1 s.
+        tap: follows what rows choose.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class MeshExchange:
         deadline: float = 2.0,
         give_up: float = 0.0,
         pause: float = 0.005,
+        tap: RoutingTap | None = None,
     ) -> None:
         self._transport = transport
         self._kernels = kernels
@@ -65,6 +68,7 @@ class MeshExchange:
         self._inbox = Inbox(self._targets, self._stats, mesh, hidden)
         self._top_k = top_k
         self._sum = Sum(kernels, top_k)
+        self._tap = tap
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
@@ -115,6 +119,8 @@ class MeshExchange:
         if not self._targets.asked(layer):
             self._stats.unavailable += 1
             raise ExchangeUnavailable(layer, self._targets.absent(), "some experts have no home to ask")
+        if self._tap:
+            self._tap.dispatched(layer, alone=not self._inbox.open)
         self._sequence += 1
         now = time.monotonic()
         pending = Pending(layer, self._sequence, rows, now, now + self._give_up, self._deadline, self._pause)
@@ -131,6 +137,8 @@ class MeshExchange:
             self._gather(handle, x)
             self._stats.exchanges += 1
             self._stats.seconds.observe(time.monotonic() - handle.started)
+            if self._tap:
+                self._tap.combined(handle.layer, self._sum.chosen)
         except ExchangeUnavailable:
             self._stats.unavailable += 1
             raise
