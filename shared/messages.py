@@ -85,6 +85,8 @@ class AttentionFacts(Message):
     """True while requests wait for an expert home, or would."""
     monolith: bool = False
     """True: all experts are in this instance, so that it needs no placement."""
+    address: bytes = b""
+    """Worker address on the data plane, for instances of the same node; empty: it has none."""
 
 
 class ExpertFacts(Message):

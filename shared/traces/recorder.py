@@ -1,8 +1,8 @@
 """Records the routing of a live mesh into a trace file of our own.
 
 Attention instances send while they are asked to (wire.py); what they send goes through the checks of a reader before it
-is written. Steps are numbered anew, for several instances count each for itself. Used by `moemesh trace record` and by
-benches.
+is written. Steps get small numbers; instances that run a step together give it the same one. Used by `moemesh trace
+record` and by benches.
 """
 
 import asyncio
@@ -25,6 +25,8 @@ LEASE_S = 3.0
 RENEW_S = 1.0
 FIND_S, ANSWER_S, FINISH_S = 3.0, 5.0, 2.0
 """How long we wait for somebody to be there, for the first answer, and for the last records."""
+MOST_STEPS = 10_000
+"""Steps whose numbers are remembered: members of a group send within a fraction of a second."""
 MOST_QUEUED = 256
 """Messages that wait to be written; more are lost, and counted as such."""
 
@@ -50,9 +52,6 @@ class _Source:
     """Exchanges that it had seen before ours."""
     seen: int = 0
     received: int = 0
-    step: int = -1
-    number: int = 0
-    """Of ``step`` in the file."""
 
     @property
     def lost(self) -> int:
@@ -68,6 +67,8 @@ class Recorder:
     recorder: str
     exchanges: int = 0
     steps: int = 0
+    numbers: dict[int, int] = field(default_factory=dict)
+    """Of the latest steps in the file, by what they were sent as."""
     rows_of: Counter[int] = field(default_factory=Counter)
     """By layer."""
     sources: dict[tuple[str, int], _Source] = field(default_factory=dict)
@@ -95,9 +96,7 @@ class Recorder:
         exchanges = list(read_records(where, self.header, records, len(message.records)))
         source = self.sources.setdefault(key, _Source(message.seen - len(exchanges)))
         for exchange in exchanges:
-            if exchange.step != source.step:
-                source.step, source.number, self.steps = exchange.step, self.steps, self.steps + 1
-            self.writer.append(exchange.layer, source.number, exchange.ids)
+            self.writer.append(exchange.layer, self._number(exchange.step), exchange.ids)
             self.rows_of[exchange.layer] += len(exchange.ids)
         self.writer.flush()
         source.received += len(exchanges)
@@ -105,6 +104,13 @@ class Recorder:
         self.exchanges += len(exchanges)
         if self.recorder in message.ended:
             self.ended.add(key)
+
+    def _number(self, step: int) -> int:
+        if step not in self.numbers:
+            if len(self.numbers) == MOST_STEPS:
+                del self.numbers[next(iter(self.numbers))]
+            self.numbers[step], self.steps = self.steps, self.steps + 1
+        return self.numbers[step]
 
 
 async def record(

@@ -29,7 +29,8 @@ class RoutingTrace(Message):
     attention: str
     incarnation: U64
     records: bytes
-    """As in a file of shared/traces/native.py, without its header. Empty: a sign of life."""
+    """As in a file of shared/traces/native.py, without its header; a step has the same 64-bit number on all instances
+    that run it, and no other one has. Empty: a sign of life."""
     seen: U64
     """Exchanges to be recorded since the start of the instance, up to these: more than have come are lost."""
     ended: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """What exchanges activate is remembered as masks, sampled when there are many; ids only while somebody wants them."""
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.attention import recording
+from services.attention import groups, recording
 from services.attention.activations import ActivationRing
 from services.attention.recording import Recording
 from services.attention.tap import RoutingTap
+from services.attention.ways import Gate, Phase
 from shared.traces.native import Header, read_records
 from tests.unit.toy_experts import EXPERTS, LAYERS, TOP_K, everywhere, random_rows, round_robin, toy_mesh
+from tests.unit.toy_groups import group_mesh
 
 
 def chosen(*rows: list[int]) -> np.ndarray:
@@ -153,17 +156,19 @@ def test_messages_stay_small_and_count_only_what_was_taken(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("homes", [everywhere(2), round_robin(3)], ids=str)
 def test_every_exchange_hands_out_what_its_rows_chose(homes: list[list[int]]) -> None:
-    tap = RoutingTap(LAYERS, EXPERTS)
+    tap = RoutingTap(LAYERS, EXPERTS, first=0)
     tap.recording.lease("a", 30.0)
     with toy_mesh(homes, deadline=5.0, tap=tap) as mesh:
         expected = []
         for step, rows in enumerate((5, 1, 7), 1):
+            mesh.exchange.begin(rows)
             for layer in LAYERS:
                 hidden = random_rows(step + layer, rows)
                 mesh.run(layer, hidden, torch.zeros_like(hidden))
                 ids = np.sort(mesh.layers[layer].gate(hidden)[1].numpy(), axis=1)
                 assert ids.shape == (rows, TOP_K)
                 expected.append((layer, step, ids.tolist()))
+            mesh.exchange.end()
     assert read(tap.recording.take()[0]) == expected
     for layer in LAYERS:
         latest = tap.ring.take(layer)
@@ -173,10 +178,37 @@ def test_every_exchange_hands_out_what_its_rows_chose(homes: list[list[int]]) ->
         assert latest.rows == 13
 
 
-def test_steps_are_told_apart_also_with_micro_batches_and_after_a_failure() -> None:
-    tap = RoutingTap((2, 4), 8)
-    steps = []
-    for layer, alone in [(2, True), (2, False), (4, True), (4, False), (2, True), (2, True), (4, True), (2, True)]:
-        tap.dispatched(layer, alone)
-        steps.append(tap._step)
-    assert steps == [1, 1, 1, 1, 2, 3, 3, 4]
+def test_steps_have_numbers_of_their_own_and_groups_bring_theirs() -> None:
+    tap = RoutingTap(LAYERS, EXPERTS, first=(1 << 64) - 2)
+    tap.recording.lease("a", 30.0)
+    for group in (0, 77, 0, 0):
+        tap.begin(group)
+        for layer in LAYERS:
+            tap.combined(layer, chosen([0]))
+    steps = [step for _, step, _ in read(tap.recording.take()[0])]
+    assert steps == [step for step in ((1 << 64) - 1, 77, 1, 2) for _ in LAYERS]
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_rows_of_a_group_are_recorded_once_and_under_one_step(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "SHORTEST_WAIT_S", 0.5)
+    monkeypatch.setattr(groups, "LONGEST_WAIT_S", 0.5)
+    taps = [RoutingTap(LAYERS, EXPERTS, first=1000 * n) for n in range(2)]
+    with group_mesh(2, ("a", "a"), phase, Gate.EXPERTS) as mesh:
+        for member, tap in zip(mesh.members, taps, strict=True):
+            tap.recording.lease("a", 30.0)
+            member.exchange._tap = tap
+        assert mesh.steps((5, 2), 4) == [None, None]
+        assert mesh.formed
+        gates = mesh.instances[0].layers
+    records = [record for tap in taps for record in read(tap.recording.take()[0])]
+    rows = Counter((layer, tuple(row)) for layer, _, ids in records for row in ids)
+    given = [random_rows(100 * step + n, count) for step in range(4) for n, count in enumerate((5, 2))]
+    assert rows == Counter(
+        (layer, tuple(row)) for layer in LAYERS for hidden in given for row in np.sort(gates[layer].gate(hidden)[1])
+    )
+    of_step = Counter[int]()
+    for layer, step, ids in records:
+        of_step[step] += len(ids) * (layer == LAYERS[0])
+    assert set(of_step.values()) <= {7, 5, 2}
+    assert 7 in of_step.values()

@@ -30,18 +30,19 @@ def record(path: Path, *messages: RoutingTrace) -> Recorder:
     return recorder
 
 
-def test_steps_of_several_instances_get_numbers_of_their_own(tmp_path: Path) -> None:
+def test_steps_get_small_numbers_and_those_of_a_group_the_same(tmp_path: Path) -> None:
     recorder = record(
         tmp_path / "t",
         sent("a", 1, (1, 70, [[0, 1]])),
-        sent("b", 2, (1, 70, [[2, 3], [4, 5]]), (3, 70, [[1, 2], [1, 2]])),
-        sent("a", 4, (3, 70, [[6, 7]]), (1, 71, [[0, 2]]), (3, 71, [[0, 3]])),
+        sent("b", 2, (1, 900, [[2, 3], [4, 5]]), (3, 900, [[1, 2], [1, 2]])),
+        sent("a", 4, (3, 70, [[6, 7]]), (1, 1 << 63, [[0, 2]]), (3, 1 << 63, [[0, 3]])),
+        sent("b", 3, (1, 1 << 63, [[5, 6]])),
     )
     assert [(e.layer, e.step, e.ids.tolist()) for e in load_trace(tmp_path / "t")] == [
         (1, 0, [[0, 1]]), (1, 1, [[2, 3], [4, 5]]), (3, 1, [[1, 2], [1, 2]]),
-        (3, 0, [[6, 7]]), (1, 2, [[0, 2]]), (3, 2, [[0, 3]]),
+        (3, 0, [[6, 7]]), (1, 2, [[0, 2]]), (3, 2, [[0, 3]]), (1, 2, [[5, 6]]),
     ]  # fmt: skip
-    assert (recorder.rows, recorder.exchanges, recorder.lost, len(recorder.sources)) == (4, 6, 0, 2)
+    assert (recorder.rows, recorder.exchanges, recorder.lost, len(recorder.sources)) == (4, 7, 0, 2)
 
 
 def test_what_was_dropped_or_lost_on_the_way_is_counted(tmp_path: Path) -> None:
