@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-EXCHANGES, THREADS, LIMIT_S = 10_000, (1, 2, 3), 240
+EXCHANGES, THREADS, LIMIT_S = 10_000, (1, 3), 240
 
 
 def start(threads: int) -> subprocess.Popen[str]:
