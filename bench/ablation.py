@@ -10,6 +10,7 @@ is one JSON object.
 
 import argparse
 import asyncio
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,16 +28,9 @@ COMMON = {"prefix_cache": "false", "micro_batches": "1"}
 """Repeats bring new prompts; an exchange is a whole step's, so that they compare."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One mesh: a name for the table, and the settings in which it differs from the others."""
-
-    name: str
-    settings: dict[str, str]
-
-
-OURS, EVEN = Variant("activated", {"policy": "activated"}), Variant("tokens", {"policy": "tokens"})
-VARIANTS = (OURS, EVEN)
+OURS, EVEN = "activated", "tokens"
+VARIANTS: Mapping[str, Mapping[str, str]] = {OURS: {"policy": "activated"}, EVEN: {"policy": "tokens"}}
+"""By the name in the table: the settings in which a mesh differs from the others."""
 MOST = 0.9
 """Highest acceptable time per layer of OURS, as a share of that of EVEN, at BAR_BATCH."""
 BAR_BATCH = 32
@@ -81,12 +75,12 @@ async def one_repeat(mesh: LocalMesh, urls: list[str], ids: list[list[int]], out
     return Layer((last.seconds - first.seconds) / exchanges * 1e3, (last.activations - first.activations) / exchanges)
 
 
-async def compare(args: argparse.Namespace, sides: dict[Variant, LocalMesh]) -> list[dict[str, Any]]:
+async def compare(args: argparse.Namespace, sides: Mapping[str, LocalMesh]) -> list[dict[str, Any]]:
     """Every variant at every batch size, in turns; the same prompts for all of a repeat."""
     urls = {variant: await pages(mesh) for variant, mesh in sides.items()}
     rows = []
     for batch in map(int, args.batch.split(",")):
-        taken: dict[Variant, list[Layer]] = {variant: [] for variant in sides}
+        taken: dict[str, list[Layer]] = {variant: [] for variant in sides}
         for repeat in range(args.repeats + 1):
             ids = prompts(batch, args.prompt, args.vocab, seed=batch + 100 * repeat)
             for variant in list(sides)[:: 1 if repeat % 2 else -1]:
@@ -97,12 +91,12 @@ async def compare(args: argparse.Namespace, sides: dict[Variant, LocalMesh]) -> 
     return rows
 
 
-def row(batch: int, variant: Variant, layers: list[Layer], even: list[Layer]) -> dict[str, Any]:
+def row(batch: int, variant: str, layers: list[Layer], even: list[Layer]) -> dict[str, Any]:
     """Medians of one variant, and its time as a share of that of an even split of tokens."""
     ratios = [ours.ms / theirs.ms for ours, theirs in zip(layers, even, strict=True)]
     return {
         "batch": batch,
-        "variant": variant.name,
+        "variant": variant,
         "layer_ms": round(median([layer.ms for layer in layers]), 3),
         "activations_per_layer": round(median([layer.activations for layer in layers]), 1),
         "of_tokens": round(median(ratios), 3),
@@ -114,16 +108,16 @@ async def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
     """All variants are up all the time: an idle mesh takes next to nothing, and they share the checkpoint's pages."""
     sides = {
         variant: LocalMesh(
-            MeshOptions(args.model, 1, 2, port=0, mesh=f"bench-{variant.name}", settings=COMMON | variant.settings)
+            MeshOptions(args.model, 1, 2, port=0, mesh=f"bench-{variant}", settings={**COMMON, **settings})
         )
-        for variant in VARIANTS
+        for variant, settings in VARIANTS.items()
     }
     async with AsyncExitStack() as stack:
         for mesh in sides.values():
             await stack.enter_async_context(mesh)
             await refuse_paced(mesh)
         rows = await compare(args, sides)
-    at = [row for row in rows if (row["batch"], row["variant"]) == (BAR_BATCH, OURS.name)]
+    at = [row for row in rows if (row["batch"], row["variant"]) == (BAR_BATCH, OURS)]
     name = f"time per MoE layer, activated / tokens, batch {BAR_BATCH}"
     return rows, [Bar(name, row["of_tokens"], MOST, at_most=True) for row in at]
 

@@ -83,9 +83,9 @@ def measure(args: argparse.Namespace) -> Times:
 def fit(times: Times, tokens: int) -> dict[str, float]:
     """Time by activated experts as a line: microseconds per expert and for none, and R squared."""
     y = np.array([times[a, tokens] for a in ACTIVATED]) * 1e6
-    slope, offset = np.polyfit(ACTIVATED, y, 1)
+    slope, offset = map(float, np.polyfit(ACTIVATED, y, 1))
     residual = y - (slope * np.array(ACTIVATED) + offset)
-    r2 = 1 - residual.var() / y.var()
+    r2 = float(1 - residual.var() / y.var())
     return {"tokens": tokens, "us_per_expert": round(slope, 1), "us_offset": round(offset, 1), "r2": round(r2, 4)}
 
 
@@ -96,7 +96,7 @@ def plot(times: Times, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
     draw(left, ACTIVATED, {f"{t} tokens each": [times[a, t] for a in ACTIVATED] for t in TOKENS})
     draw(right, TOKENS, {f"{a} activated": [times[a, t] for t in TOKENS] for a in ACTIVATED})
     left.set(xlabel="activated experts", ylabel="time of a layer's experts [ms]", ylim=(0, None))
@@ -109,7 +109,7 @@ def draw(axes: Any, x: Sequence[int], lines: dict[str, list[float]]) -> None:
     for label, seconds in lines.items():
         axes.plot(x, np.array(seconds) * 1e3, marker="o", markersize=3, label=label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def main() -> None:

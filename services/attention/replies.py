@@ -119,7 +119,7 @@ class Arrangement:
     def experts(self, rows: int) -> NDArray[np.uint32]:
         """Room for the experts [rows, k] that ``fill`` arranges; valid until there are other rows."""
         self._slice(rows)
-        return self._views[1]
+        return self._arrays[0][:rows]
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """source, index, weights for ``Kernels.combine``; valid until the next ``fill``."""
