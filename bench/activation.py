@@ -13,14 +13,18 @@ import argparse
 import asyncio
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import Bar, report
+from numpy.typing import NDArray
 from synthetic import Exchanges, Shape, exchanges, mean_a_max, observe, tokens_per_expert, zipf
 from traced import record_demo
 
+from services.attention.tap import RoutingTap
 from services.scheduler.eplb import homes_of_replicas, rebalance_experts
 from services.scheduler.homes import Masks, to_masks
 from services.scheduler.replacement import fresh
@@ -45,28 +49,33 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def microseconds(window: Exchanges, homes: Masks, live: int, policy: Policy) -> float:
-    """Best time of one call over an exchange of the window."""
+def microseconds(call: Callable[[NDArray[Any]], object], window: Sequence[NDArray[Any]]) -> float:
+    """Best time of one call with an exchange of the window."""
     best = float("inf")
     for _ in range(RUNS):
         start, done = time.perf_counter(), 0
         while not done or time.perf_counter() - start < RUN_S:
-            schedule_activations(window[done % len(window)], homes, live, policy)
+            call(window[done % len(window)])
             done += 1
         best = min(best, (time.perf_counter() - start) / done)
     return best * 1e6
 
 
 def times(seed: int) -> list[dict[str, Any]]:
-    """Microseconds of every policy by tokens, at 16 instances and Zipf 0.6."""
-    shape = Shape()
+    """Microseconds of every policy by tokens, at 16 instances and Zipf 0.6, and of attention noting what was chosen."""
+    shape, tap = Shape(), RoutingTap((0,), Shape().experts, first=0)
     rows = []
     for tokens in TIMED_TOKENS:
         window, homes = cell(shape, 0.6, tokens, 16, seed)
-        spent = {policy.value: round(microseconds(window, homes, (1 << 16) - 1, policy), 2) for policy in Policy}
+        spent = {policy.value: round(microseconds(partial(schedule, homes, policy), window), 2) for policy in Policy}
+        spent["tap"] = round(microseconds(partial(tap.combined, 0), [ids.astype(np.uint32) for ids in window]), 2)
         rows.append({"rows": tokens, **spent})
         print(f"{tokens:>5} rows  " + "  ".join(f"{name} {us:8.2f} us" for name, us in spent.items()), flush=True)
     return rows
+
+
+def schedule(homes: Masks, policy: Policy, ids: NDArray[np.int32]) -> None:
+    schedule_activations(ids, homes, (1 << 16) - 1, policy)
 
 
 def cell(shape: Shape, exponent: float, tokens: int, count: int, seed: int) -> tuple[Exchanges, Masks]:

@@ -56,11 +56,13 @@ class ActivationRing:
         """The exchanges since the last call, the latest of them when there were many; None: there were none."""
         index = self._index[layer]
         before, end = self._taken[index], int(self._counts[index])
+        if before == end:
+            return None
         order = np.arange(max(before, end - self._kept), end)
         entries = self._entries[index, order % self._kept]
         entries = entries[order >= self._counts[index] - self._kept]  # the others were written over meanwhile
         self._taken[index] = end
-        if not len(entries):
+        if not len(entries):  # all of them
             return None
         rows, since = int(entries[:, _ROWS].sum()), int(entries[0, _TIME]) / 1e9
         return Activations(np.ascontiguousarray(entries[:, _MASK:]), rows, since)

@@ -64,7 +64,7 @@ class RoutingReports:
         new = self._tap.recording.lease(lease.recorder, lease.seconds)
         self._wanted.set()
         if new:
-            await self._send(b"", self._tap.recording.passed)
+            await self._send(b"", self._tap.recording.passed, started=lease.recorder)
 
     async def _keep_sending(self) -> None:
         recording = self._tap.recording
@@ -78,13 +78,18 @@ class RoutingReports:
                     break
                 await self._send(records, seen)
             if ended:
-                await self._send(b"", recording.passed, ended)
+                await self._send(b"", recording.passed, ended=ended)
             if not recording.recorders:
                 self._wanted.clear()
 
-    async def _send(self, records: bytes, seen: int, ended: tuple[str, ...] = ()) -> None:
+    async def _send(self, records: bytes, seen: int, started: str = "", ended: tuple[str, ...] = ()) -> None:
         instance = self._instance
         message = RoutingTrace(
-            attention=instance.id, incarnation=instance.incarnation, records=records, seen=seen, ended=ended
+            attention=instance.id,
+            incarnation=instance.incarnation,
+            records=records,
+            seen=seen,
+            started=started,
+            ended=ended,
         )
         await instance.bus.publish(routing(instance.subjects), message)

@@ -36,6 +36,8 @@ def record(
     print(f"wrote {out}: {describe(recorder)}")
     if recorder.lost:
         errors.print(f"moemesh: {recorder.lost} exchanges are missing: they came faster than they could be sent")
+    if recorder.pauses:
+        errors.print(f"moemesh: {recorder.pauses} pauses without recording, while NATS was away")
 
 
 async def _record(url: str, mesh: str, out: Path, seconds: float, rows: int, status: Status) -> "Recorder":

@@ -52,6 +52,8 @@ class _Source:
     """Exchanges that it had seen before ours."""
     seen: int = 0
     received: int = 0
+    started: bool = False
+    """It has had a lease of ours."""
 
     @property
     def lost(self) -> int:
@@ -66,6 +68,8 @@ class Recorder:
     header: Header
     recorder: str
     exchanges: int = 0
+    pauses: int = 0
+    """Times that an instance had stopped recording, because our leases did not reach it."""
     steps: int = 0
     numbers: dict[int, int] = field(default_factory=dict)
     """Of the latest steps in the file, by what they were sent as."""
@@ -95,6 +99,9 @@ class Recorder:
         where, records = Path(f"what {message.attention} sent"), io.BytesIO(message.records)
         exchanges = list(read_records(where, self.header, records, len(message.records)))
         source = self.sources.setdefault(key, _Source(message.seen - len(exchanges)))
+        if message.started == self.recorder:
+            self.pauses += source.started
+            source.started = True
         for exchange in exchanges:
             self.writer.append(exchange.layer, self._number(exchange.step), exchange.ids)
             self.rows_of[exchange.layer] += len(exchange.ids)
@@ -225,6 +232,7 @@ class _Session:
 
     async def _finish(self) -> None:
         """Take what is on its way; an instance that is gone keeps us for a moment only."""
+        self._recorder.ended.clear()
         await self._ask(0)
         with suppress(TimeoutError):
             async with asyncio.timeout(FINISH_S):

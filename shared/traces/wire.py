@@ -33,6 +33,8 @@ class RoutingTrace(Message):
     that run it, and no other one has. Empty: a sign of life."""
     seen: U64
     """Exchanges to be recorded since the start of the instance, up to these: more than have come are lost."""
+    started: str = ""
+    """Recorder whose first lease, or first one after a pause, has just come."""
     ended: tuple[str, ...] = ()
     """Recorders whose leases ended before this message: they have everything."""
 

@@ -56,6 +56,12 @@ def test_what_was_dropped_or_lost_on_the_way_is_counted(tmp_path: Path) -> None:
     assert (recorder.exchanges, recorder.lost, recorder.complete) == (2, 8, False)
 
 
+def test_a_pause_in_which_nobody_recorded_is_told(tmp_path: Path) -> None:
+    first, other = sent("a", 0), sent("b", 0)
+    messages = [m.model_copy(update={"started": name}) for m in (first, other, first) for name in ("you", "me")]
+    assert record(tmp_path / "t", *messages).pauses == 1
+
+
 def test_the_end_is_known_when_every_instance_has_said_so(tmp_path: Path) -> None:
     messages = [sent("a", 0), sent("b", 0), sent("a", 0, ended=("you", "me"))]
     assert not record(tmp_path / "s", *messages).complete
