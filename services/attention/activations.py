@@ -76,6 +76,7 @@ def _mark(entries, counts, layer, now, experts):
     entry[_TIME], entry[_ROWS] = now, len(experts)
     for t in range(experts.shape[0]):
         for j in range(experts.shape[1]):
-            e = experts[t, j]
-            entry[_MASK + e // WORD] |= np.uint64(1) << np.uint64(e % WORD)
+            word, bit = experts[t, j] // WORD, experts[t, j] % WORD
+            if word < len(entry) - _MASK:  # always, unless a caller is wrong: numba checks no bounds
+                entry[_MASK + word] |= np.uint64(1) << np.uint64(bit)
     counts[layer] += 1
