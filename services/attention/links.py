@@ -11,10 +11,11 @@ from services.attention.targets import Targets
 from services.attention.ways import NEAR, SOLO, Link, Node, Shape, Way, Ways, link_of
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Transport
 
-PATIENCE_S = 0.2
-"""A peer that does not answer for so long is not measured."""
+FIRST_S, PATIENCE_S = 0.05, 0.2
+"""A peer that does not answer the first ping, or another one, for so long is not measured."""
 SINGLES, BURST, BULKS = 4, 8, 2
 BULK_ROWS = 64
+RETRIES = 5
 
 
 class LinkMeter:
@@ -34,7 +35,7 @@ class LinkMeter:
 
     def measure(self, peer: Peer) -> Link | None:
         """None when the peer does not answer."""
-        if self._round_trip(peer) is None:  # the first one opens the connection
+        if self._round_trip(peer, patience=FIRST_S) is None:  # it opens the connection
             return None
         singles = [self._round_trip(peer) for _ in range(SINGLES)]
         bursts = [(BURST, self._round_trip(peer, BURST)) for _ in range(BULKS)]
@@ -48,7 +49,7 @@ class LinkMeter:
             [(n, t) for n, t in bulk if t is not None],
         )
 
-    def _round_trip(self, peer: Peer, messages: int = 1, rows: int = 0) -> float | None:
+    def _round_trip(self, peer: Peer, messages: int = 1, rows: int = 0, patience: float = PATIENCE_S) -> float | None:
         """Seconds until the last of so many messages was answered."""
         self._sequence += 1
         self._missing = messages
@@ -58,7 +59,7 @@ class LinkMeter:
             header = Header(FrameKind.PING, self._mesh, self._incarnation, self._sequence)
             self._transport.send([peer], header, frame)
         while self._missing:
-            left = start + PATIENCE_S - time.monotonic()
+            left = start + patience - time.monotonic()
             if left <= 0:
                 return None
             self._pump(left)
@@ -81,6 +82,7 @@ class WayChoice:
         self._targets, self._meter = targets, meter
         self._hidden, self._top_k = hidden, top_k
         self._links: dict[Peer, Link] = {}
+        self._silent: dict[Peer, int] = {}  # neighbours that did not answer yet: how often they may still be asked
         self._inside = NEAR
         self._shape: Shape | None = None
         self._seconds: list[float] = []
@@ -89,15 +91,26 @@ class WayChoice:
 
     def update(self, experts: Sequence[Peer], neighbours: Sequence[Peer]) -> None:
         """These are new. Measures them where there is something to choose."""
-        far = not self._targets.near(self._targets.live)
-        if far or neighbours:
-            found = {peer: link for peer in experts if (link := self._meter.measure(peer))}
-            self._links |= found
-        inside = [link for peer in neighbours if (link := self._meter.measure(peer))]
+        if neighbours or not self._targets.near(self._targets.live):
+            self._links |= {peer: link for peer in experts if (link := self._meter.measure(peer))}
+        self._silent |= dict.fromkeys(neighbours, RETRIES)
+        inside = [link for peer in list(self._silent) if (link := self._measure_neighbour(peer))]
         if inside:
             self._inside = _middle(inside)
-        if experts or neighbours:
+        if experts or inside:
             self.ways.forget()
+
+    def use(self, ways: Ways) -> None:
+        """Another cost table from the next step on."""
+        self.ways = ways
+
+    def _measure_neighbour(self, peer: Peer) -> Link | None:
+        """One that has just joined may know us later than we know it."""
+        link = self._meter.measure(peer) if peer.alive else None
+        self._silent[peer] -= 1
+        if link or not peer.alive or not self._silent[peer]:
+            del self._silent[peer]
+        return link
 
     def choose(self, rows: int, members: int) -> Way:
         """The way of a step of so many rows of so many instances."""

@@ -50,7 +50,7 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
     if built.tap:
         await RoutingReports(instance, built.tap).start()
     fixed = {"device": str(side.device), "paced": built.pace.name}
-    read_facts = partial(facts, limits=limits, monolith=config.monolith, address=built.exchange.address)
+    read_facts = partial(facts, limits=limits, exchange=built.exchange, monolith=config.monolith)
     await instance.ready(lambda: {"attention": read_facts(engine.stats, now=time.monotonic()), **fixed})
     await instance.until_stopped()
     await server.drain(config.drain_s)

@@ -6,7 +6,7 @@ sent to experts is sending.py's, which frame belongs to which exchange pending.p
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from services.attention.sending import Sender
 from services.attention.stats import exchange_samples, way_samples
 from services.attention.tap import RoutingTap
 from services.attention.targets import Targets
-from services.attention.ways import Gate, Phase, Ways
+from services.attention.ways import Gate, Phase, Row, Ways
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
 from shared.metrics import Sample
@@ -116,6 +116,10 @@ class MeshExchange:
             self._sender.hello(newcomers)
         self._choice.update(newcomers, self._lockstep.meet(view.neighbours))
 
+    def use(self, ways: Ways) -> None:
+        """Another cost table, or fixed ways, from the next step on; for benches."""
+        self._choice.use(ways)
+
     def abandon(self) -> None:
         for pending in list(self._inbox.open.values()):
             self._close(pending)
@@ -139,9 +143,12 @@ class MeshExchange:
         """A copy of the counters; may be called from any thread."""
         return self._stats.copy()
 
+    def ways(self) -> Sequence[Row]:
+        return self._choice.ways.table()
+
     def samples(self) -> Iterable[Sample]:
         yield from exchange_samples(self.stats())
-        yield from way_samples(self._choice.ways.table(), self._lockstep.formed, self._lockstep.broken)
+        yield from way_samples(self.ways(), self._lockstep.formed, self._lockstep.broken)
 
     def close(self) -> None:
         self._transport.close()

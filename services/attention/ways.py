@@ -246,8 +246,9 @@ class Ways:
                 size.steps = max(size.steps, UNDISTURBED)
 
     def table(self) -> list[Row]:
-        """For a person and for metrics; sizes in the order in which they came up."""
-        return [row for shape, size in list(self._sizes.items()) for row in self._rows(shape, size)]
+        """Sizes with something to choose, in the order in which they came up. Any thread."""
+        sizes = [(shape, size) for shape, size in list(self._sizes.items()) if len(size.candidates) > 1]
+        return [row for shape, size in sizes for row in self._rows(shape, size)]
 
     def _rows(self, shape: Shape, size: _Size) -> Iterable[Row]:
         for way in size.candidates:
