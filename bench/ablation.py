@@ -13,14 +13,11 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import httpx
 from bars import run
 from common import Bar, median, prompts, refuse_paced, report
 from limit import decode, pages
-from prometheus_client.parser import text_string_to_metric_families
 
 from shared.cli.mesh import LocalMesh, MeshOptions
 
@@ -38,29 +35,6 @@ BAR_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Sums over a mesh since its start."""
-
-    exchanges: float
-    seconds: float
-    """Of all exchanges."""
-    activations: float
-    """Experts that instances read for an exchange."""
-
-
-async def count(urls: list[str]) -> Counts:
-    """Read the metrics of both pools."""
-    async with httpx.AsyncClient() as client:
-        answers = await asyncio.gather(*(client.get(url) for url in urls))
-    totals: dict[str, float] = {}
-    for family in (f for answer in answers for f in text_string_to_metric_families(answer.text)):
-        for sample in family.samples:
-            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    exchange = "moemesh_exchange_seconds"
-    return Counts(totals[f"{exchange}_count"], totals[f"{exchange}_sum"], totals["moemesh_expert_activations_total"])
-
-
-@dataclass(frozen=True)
 class Layer:
     """One repeat: an average MoE layer."""
 
@@ -70,9 +44,10 @@ class Layer:
 
 
 async def one_repeat(mesh: LocalMesh, urls: list[str], ids: list[list[int]], output: int) -> Layer:
-    first, last = await decode(mesh.url, partial(count, urls), ids, output)
+    first, last = await decode(mesh.url, urls, ids, output)
     exchanges = last.exchanges - first.exchanges
-    return Layer((last.seconds - first.seconds) / exchanges * 1e3, (last.activations - first.activations) / exchanges)
+    taken, activations = last.exchange_s - first.exchange_s, last.activations - first.activations
+    return Layer(taken / exchanges * 1e3, activations / exchanges)
 
 
 async def compare(args: argparse.Namespace, sides: Mapping[str, LocalMesh]) -> list[dict[str, Any]]:

@@ -11,11 +11,9 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import torch
@@ -28,7 +26,6 @@ from shared.cli.status import look
 from shared.messages import Kind
 from shared.models.index import read_index
 
-C = TypeVar("C")
 LEAST = {1: 0.75, 32: 0.60}
 """Batch -> lowest acceptable share; of other batches 0.5."""
 READ_BYTES = 2 << 30
@@ -68,6 +65,9 @@ class Counts:
     tokens: float
     groups: float
     """Times that an attention instance took part in one."""
+    exchanges: float
+    exchange_s: float
+    """Seconds of all exchanges."""
 
 
 async def pages(mesh: LocalMesh) -> list[str]:
@@ -83,8 +83,9 @@ async def count(urls: list[str]) -> Counts:
     for family in (f for answer in answers for f in text_string_to_metric_families(answer.text)):
         for sample in family.samples:
             totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    names = ("steps", "expert_activations", "generated_tokens", "groups")
-    return Counts(time.perf_counter(), *(totals.get(f"moemesh_{name}_total", 0.0) for name in names))
+    names = ("steps_total", "expert_activations_total", "generated_tokens_total", "groups_total")
+    names += ("exchange_seconds_count", "exchange_seconds_sum")
+    return Counts(time.perf_counter(), *(totals.get(f"moemesh_{name}", 0.0) for name in names))
 
 
 def bandwidth(memory: torch.Tensor) -> float:
@@ -97,8 +98,8 @@ def bandwidth(memory: torch.Tensor) -> float:
     return memory.nbytes / min(spent)
 
 
-async def decode(url: str, read: Callable[[], Awaitable[C]], ids: list[list[int]], output: int) -> tuple[C, C]:
-    """What ``read`` gives at two moments between which all streams decode."""
+async def decode(url: str, urls: list[str], ids: list[list[int]], output: int) -> tuple[Counts, Counts]:
+    """Counts at two moments between which all streams decode."""
     watched = [Stream(0.0) for _ in ids]
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=len(ids))) as client:
         tasks = [
@@ -106,12 +107,12 @@ async def decode(url: str, read: Callable[[], Awaitable[C]], ids: list[list[int]
             for prompt, stream in zip(ids, watched, strict=True)
         ]
         await reach(watched, [SETTLED] * len(ids), tasks)
-        first = await read()
+        first = await count(urls)
         while max(len(stream.arrivals) for stream in watched) < output - SPARE:
             if any(task.done() for task in tasks):
                 raise RuntimeError("a stream ended too soon")
             await asyncio.sleep(0.002)
-        last = await read()
+        last = await count(urls)
         await asyncio.gather(*tasks)
     return first, last
 
@@ -141,7 +142,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
             for batch in batches:
                 ids = prompts(batch, args.prompt, args.vocab, seed=batch + 100 * repeat)
                 speed = bandwidth(memory)
-                span = await decode(mesh.url, partial(count, urls), ids, args.output)
+                span = await decode(mesh.url, urls, ids, args.output)
                 rows.append(row(batch, sizes, speed, span, args.prompt + args.output / 2))
                 print(rows[-1], flush=True)
     shares = {batch: median([row["share"] for row in rows if row["batch"] == batch]) for batch in batches}

@@ -15,15 +15,14 @@ from shared.traces.native import encode_record, id_dtype
 
 MOST_WAITING = 16 << 20
 """Bytes that wait to be sent; what comes on top of it is dropped and counted."""
+OVERHEAD = 80
+"""Bytes of memory that a record takes beside its own."""
 MOST_AT_ONCE = 256 << 10
 """Bytes of one message; a longer record is dropped and counted."""
 
 
 class Recording:
-    """Args:
-    experts: per layer.
-    clock: monotonic seconds.
-    """
+    """``experts``: per layer; ``clock``: monotonic seconds."""
 
     def __init__(
         self, experts: int, most_waiting: int = MOST_WAITING, clock: Callable[[], float] = time.monotonic
@@ -76,11 +75,11 @@ class Recording:
             if not self.on:
                 return
             self.seen += 1
-            if len(record) > MOST_AT_ONCE or self._waiting + len(record) > self._most_waiting:
+            if len(record) > MOST_AT_ONCE or self._waiting + len(record) + OVERHEAD > self._most_waiting:
                 self.dropped += 1
                 return
             self._records.append(record)
-            self._waiting += len(record)
+            self._waiting += len(record) + OVERHEAD
 
     def take(self) -> tuple[bytes, int]:
         """Records for one message, empty when none wait; and how many of the exchanges seen wait no longer then."""
@@ -90,5 +89,5 @@ class Recording:
             while self._records and size + len(self._records[0]) <= MOST_AT_ONCE:
                 taken.append(self._records.popleft())
                 size += len(taken[-1])
-            self._waiting -= size
+            self._waiting -= size + OVERHEAD * len(taken)
             return b"".join(taken), self.seen - len(self._records)
