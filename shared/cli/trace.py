@@ -66,9 +66,12 @@ def show(file: Annotated[Path, typer.Argument(help="a trace of moemesh, Megatron
     from shared.traces.summary import summarize
 
     try:
-        print_summary(summarize(file), Console(highlight=False))
+        summary = summarize(file)
     except OSError as error:
         raise MoemeshError(f"{file}: {error.strerror or error}") from error
+    print_summary(summary, Console(highlight=False))
+    if summary.warning:
+        Console(stderr=True, highlight=False).print(f"moemesh: {summary.warning}", soft_wrap=True)
 
 
 def print_summary(summary: "Summary", out: Console) -> None:

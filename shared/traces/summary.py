@@ -9,20 +9,19 @@ import numpy as np
 
 from shared.traces.load import KINDS, kind_of, open_trace
 from shared.traces.native import read_header
-from shared.traces.records import Exchange
+from shared.traces.records import Exchange, RowCounts, count_rows, dominant_of
 
 
 @dataclass
 class LayerSummary:
     """One layer of a trace."""
 
-    rows: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    """Times that each set of experts was chosen."""
+    rows: RowCounts = field(default_factory=Counter)
     activated: list[int] = field(default_factory=list)
     """Distinct experts of each exchange."""
 
     def add(self, exchange: Exchange) -> None:
-        self.rows.update(map(tuple, np.sort(exchange.ids, axis=1).tolist()))
+        count_rows(exchange, self.rows)
         self.activated.append(len(np.unique(exchange.ids)))
 
     @property
@@ -47,6 +46,11 @@ class Summary:
     @property
     def exchanges(self) -> int:
         return sum(len(layer.activated) for layer in self.layers.values())
+
+    @property
+    def warning(self) -> str:
+        """Why this is no real routing; empty: it may be."""
+        return dominant_of({number: layer.rows for number, layer in self.layers.items()})
 
 
 def summarize(path: Path) -> Summary:

@@ -92,6 +92,12 @@ def test_show_says_what_is_in_a_trace(tmp_path: Path) -> None:
     assert lines[3].split() == ["3", "1", "1", "2.0", "2", "2", "100.0%"]
 
 
+def test_show_warns_of_warm_up_passes(tmp_path: Path) -> None:
+    record(tmp_path / "t", sent("a", 2, (1, 1, [[0, 1]] * 60), (3, 1, [[1, 2]])))
+    result = run("show", tmp_path / "t")
+    assert "60 of 60 rows of layer 1 chose the same experts [0, 1]: probably warm-up" in result.stderr
+
+
 def test_show_reads_traces_of_others(tmp_path: Path) -> None:
     line = '{"layer": 2, "step": 1, "num_tokens": 1, "topk": 2, "top_indices": [[3, 9]]}\n'
     (tmp_path / "t").write_text(line)
