@@ -19,6 +19,7 @@ from services.attention.pending import LEADER, ExchangeStats, Inbox, Pending
 from services.attention.replies import Sum
 from services.attention.sending import Sender
 from services.attention.stats import exchange_samples, way_samples
+from services.attention.tap import RoutingTap
 from services.attention.targets import Targets
 from services.attention.ways import Gate, Phase, Row, Ways
 from shared.errors import ExchangeUnavailable
@@ -51,6 +52,7 @@ class MeshExchange:
         gates: of every layer, for ways with the gate on this side.
         ways: how exchanges may go.
         group_wait: share of a step for which a group waits for its members; 0: no groups.
+        tap: follows what rows choose.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class MeshExchange:
         gates: Mapping[int, ExpertLayer] | None = None,
         ways: Ways | None = None,
         group_wait: float = 0.0,
+        tap: RoutingTap | None = None,
     ) -> None:
         self._transport = transport
         self._hidden, self._dtype = hidden, dtype
@@ -90,6 +93,7 @@ class MeshExchange:
         )
         self._scratch = Scratch(device)
         self._repeats = 0
+        self._tap = tap
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
@@ -160,6 +164,8 @@ class MeshExchange:
         standing = Standing(placement.version if placement else 0, self._targets.live)
         group = self._lockstep.begin(rows, standing)
         self._choice.begin(group, rows)
+        if self._tap:
+            self._tap.begin(group.number if group else 0)
         self._repeats = self._stats.repeats.total()
         return group is not None
 
@@ -216,6 +222,8 @@ class MeshExchange:
             taken = time.monotonic() - handle.started
             self._stats.seconds.observe(taken)
             self._choice.exchanged(taken)
+            if self._tap and handle.sums is None:  # else the group's leader knows
+                self._tap.combined(handle.layer, self._sum.chosen)
         except ExchangeUnavailable:
             self._stats.unavailable += 1
             raise
