@@ -24,7 +24,7 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from common import Bar, report
-from nodes import Network, SimulatedNode, nodes
+from nodes import Network, Setup, SimulatedNode, nodes
 
 from shared.kernels.threads import thread_environment
 from shared.models.presets import make_checkpoint
@@ -35,6 +35,7 @@ NETWORKS = {
     "C": Network("C", 1, 10, 20),
     "D": Network("D", 10, 100, 200),
 }
+NO_WAIT = Setup()
 ATTENTION_NODES = EXPERT_NODES = 2
 PER_NODE = 4
 FIXED = [f"{phase}/{gate}" for phase in ("one", "direct", "relay") for gate in ("experts", "attention")]
@@ -46,11 +47,22 @@ STEPS = 4
 class Child:
     """A process in a namespace, spoken to by lines of JSON."""
 
-    def __init__(self, kind: str, number: int, node: SimulatedNode, model: Path, network: Network) -> None:
+    def __init__(
+        self, kind: str, number: int, node: SimulatedNode, model: Path, network: Network, setup: Setup
+    ) -> None:
         script = str(Path(__file__).with_name("exchange_node.py"))
         environment = {"UCX_NET_DEVICES": "eth0", "PYTHONPATH": str(Path(__file__).parents[1])}
         environment |= thread_environment(1, os.environ)
-        arguments = [sys.executable, script, kind, str(number), node.name, str(model), json.dumps(asdict(network))]
+        arguments = [
+            sys.executable,
+            script,
+            kind,
+            str(number),
+            node.name,
+            str(model),
+            json.dumps(asdict(network)),
+            json.dumps(asdict(setup)),
+        ]
         self.process = subprocess.Popen(
             [*node.enter, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=dict(os.environ) | environment,
@@ -80,12 +92,12 @@ class Child:
 
 
 @contextmanager
-def mesh(network: Network, model: Path) -> Iterator[list[Child]]:
+def mesh(network: Network, model: Path, setup: Setup = NO_WAIT) -> Iterator[list[Child]]:
     """The attention processes of a mesh on four nodes, ready for commands."""
     with nodes(ATTENTION_NODES + EXPERT_NODES, network.gbit) as made:
         places = [("attention", node) for node in made[:ATTENTION_NODES] for _ in range(PER_NODE)]
         places += [("experts", node) for node in made[ATTENTION_NODES:] for _ in range(PER_NODE)]
-        children = [Child(kind, number, node, model, network) for number, (kind, node) in enumerate(places)]
+        children = [Child(kind, number, node, model, network, setup) for number, (kind, node) in enumerate(places)]
         try:
             everybody = [child.hear() for child in children]
             for child in children:
@@ -122,6 +134,13 @@ def cell(attention: list[Child], rows: int, repeats: int) -> dict[str, float]:
     return {way: round(median(values) * 1e3, 3) for way, values in taken.items() if values}
 
 
+def make_model(directory: Path) -> Path:
+    """One layer of bench-1b's width, with experts that cost next to nothing."""
+    model = directory / "model"
+    make_checkpoint("bench-1b", model, num_hidden_layers=1, moe_intermediate_size=64, vocab_size=512)
+    return model
+
+
 def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
     bars = []
     for row in rows:
@@ -145,8 +164,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no namespaces behind
     rows = []
     with tempfile.TemporaryDirectory(prefix="moemesh-exchange-") as scratch:
-        model = Path(scratch) / "model"
-        make_checkpoint("bench-1b", model, num_hidden_layers=1, moe_intermediate_size=64, vocab_size=512)
+        model = make_model(Path(scratch))
         for name in args.networks.split(","):
             with mesh(NETWORKS[name], model) as attention:
                 for count in map(int, args.rows.split(",")):

@@ -1,6 +1,6 @@
 """One process of bench/exchange.py: an attention or an expert instance without NATS. Commands on stdin, JSON lines out.
 
-python bench/exchange_node.py experts|attention NUMBER NODE MODEL NETWORK_JSON
+python bench/exchange_node.py experts|attention NUMBER NODE MODEL NETWORK_JSON SETUP_JSON
 """
 
 import json
@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from nodes import FarTransport, Network
+from nodes import FarTransport, Network, Setup
 
 from services.attention.exchange import ExpertInstance, Neighbour, View
 from services.attention.mesh_exchange import MeshExchange
@@ -21,11 +21,12 @@ from services.experts.build import warm_up
 from services.experts.relay import Neighbour as ExpertNeighbour
 from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
 from shared.activation import longest_frame
+from shared.device_profile import DeviceProfile
 from shared.kernels.base import select_kernels
 from shared.messages import Placement
 from shared.models.loader import Checkpoint, open_checkpoint
 from shared.models.moe import MoeLayer
-from shared.pace import sleep_exactly
+from shared.pace import UNPACED, Pacer, sleep_exactly
 from shared.transport.ucx import UcxTransport
 
 MESH, MOST_ROWS, EXCHANGES = 77, 512, 6
@@ -36,8 +37,8 @@ CPU = torch.device("cpu")
 class Process:
     """What both kinds have in common."""
 
-    def __init__(self, kind: str, number: int, node: str, model: str, network: Network) -> None:
-        self.number, self.node, self.network = number, node, network
+    def __init__(self, kind: str, number: int, node: str, model: str, network: Network, setup: Setup) -> None:
+        self.number, self.node, self.network, self.setup = number, node, network, setup
         self.incarnation = (1000 if kind == "experts" else 2000) + number
         self.checkpoint: Checkpoint = open_checkpoint(model)
         spec = self.checkpoint.spec
@@ -61,7 +62,9 @@ def serve_experts(process: Process) -> None:
     process.layer.load(range(process.experts))
     limits = ServerLimits(process.hidden, torch.float32, MOST_ROWS, process.experts, process.top_k)
     transport = process.transport(everybody)
-    server = ExpertServer(transport, {0: process.layer}, limits, mesh=MESH, incarnation=process.incarnation)
+    seconds = process.setup.expert_us * 1e-6
+    pace = Pacer(DeviceProfile("ablation", expert_s=seconds), transport.wait_until) if seconds else UNPACED
+    server = ExpertServer(transport, {0: process.layer}, limits, mesh=MESH, incarnation=process.incarnation, pace=pace)
     neighbours = {
         p["id"]: ExpertNeighbour(p["incarnation"], bytes.fromhex(p["address"]))
         for p in everybody
@@ -75,32 +78,33 @@ def serve_experts(process: Process) -> None:
             CPU,
             torch.float32,
         )
-    server.adopt([KnownPlacement.of(placement_of(everybody, process.experts), f"experts{process.number}")])
+    server.adopt([KnownPlacement.of(placement_of(everybody, process), f"experts{process.number}")])
     threading.Thread(target=lambda: (sys.stdin.readline(), server.stop()), daemon=True).start()
     with torch.inference_mode():
         server.run()
     transport.close()
 
 
-def placement_of(everybody: list[dict[str, Any]], experts: int) -> Placement:
+def placement_of(everybody: list[dict[str, Any]], process: Process) -> Placement:
     """Every expert at home everywhere: what is measured is the exchange."""
     ids = [p["id"] for p in everybody if p["kind"] == "experts"]
+    experts = process.experts
     homes = torch.full((experts,), (1 << len(ids)) - 1, dtype=torch.int64).numpy().astype("<u8").tobytes()
     return Placement(
         version=1, epoch=1, author="bench", reason="bench", digest="d" * 64, instances=tuple(ids), moe_layers=(0,),
-        experts=experts, homes=homes,
+        experts=experts, homes=homes, policy=process.setup.policy,
     )  # fmt: skip
 
 
-def view_of(everybody: list[dict[str, Any]], node: str, experts: int) -> View:
+def view_of(everybody: list[dict[str, Any]], process: Process) -> View:
     instances, neighbours = {}, {}
     for p in everybody:
         address = bytes.fromhex(p["address"])
         if p["kind"] == "experts":
             instances[p["id"]] = ExpertInstance(p["id"], p["incarnation"], address, time.monotonic(), node=p["node"])
-        elif p["node"] == node:
+        elif p["node"] == process.node:
             neighbours[p["id"]] = Neighbour(p["incarnation"], address)
-    return View(placement_of(everybody, experts), instances, neighbours, node)
+    return View(placement_of(everybody, process), instances, neighbours, process.node)
 
 
 def serve_attention(process: Process) -> None:
@@ -129,7 +133,7 @@ def serve_attention(process: Process) -> None:
             if command["do"] == "stop":
                 break
             if command["do"] == "meet":
-                exchange.update(view_of(everybody, process.node, process.experts))
+                exchange.update(view_of(everybody, process))
                 process.say(done="meet")
                 continue
             name = command["way"]
@@ -137,7 +141,7 @@ def serve_attention(process: Process) -> None:
             process.say(**run_steps(exchange, process.hidden, command["rows"], command["steps"]))
             if command.get("table"):
                 process.say(
-                    table=[str((r.rows, str(r.way), r.predicted, r.measured, r.chosen)) for r in tables[name].table()]
+                    table=[(r.rows, str(r.way), r.predicted, r.measured, r.chosen) for r in tables[name].table()]
                 )
     exchange.close()
 
@@ -172,9 +176,9 @@ def run_steps(exchange: MeshExchange, hidden: int, rows: int, steps: int) -> dic
 
 
 def main() -> None:
-    kind, number, node, model, network = sys.argv[1:]
+    kind, number, node, model, network, setup = sys.argv[1:]
     torch.set_num_threads(1)
-    process = Process(kind, int(number), node, model, Network(**json.loads(network)))
+    process = Process(kind, int(number), node, model, Network(**json.loads(network)), Setup(**json.loads(setup)))
     identity = {"id": f"{kind}{number}", "incarnation": process.incarnation, "address": process.inner.address.hex()}
     process.say(kind=kind, node=node, **identity)
     (serve_experts if kind == "experts" else serve_attention)(process)

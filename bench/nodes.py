@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.device_profile import DeviceProfile
+from shared.scheduling.policies import Policy
 from shared.transport.base import Header, Incoming, Outgoing, Peer, Transport
 from shared.transport.paced import PacedTransport
 
@@ -27,6 +28,15 @@ class Network:
     """How long a message occupies its sender; messages follow one another."""
     latency_us: float
     """Of a round trip's half, beside the real one."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the experts do."""
+
+    policy: Policy = Policy.ACTIVATED
+    expert_us: float = 0.0
+    """Time of each activated expert, kept by waiting; 0: their own."""
 
 
 @dataclass(frozen=True)

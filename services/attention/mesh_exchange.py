@@ -85,7 +85,7 @@ class MeshExchange:
         self._sum = Sum(kernels, top_k)
         signed = {"mesh": mesh, "incarnation": incarnation}
         self._sender = Sender(transport, self._targets, gates or {}, self._stats, dtype=dtype, **signed)
-        self._meter = LinkMeter(transport, hidden=hidden, pump=self._receive, **signed)
+        self._meter = LinkMeter(transport, hidden=hidden, max_rows=max_rows, pump=self._receive, **signed)
         self._choice = WayChoice(ways or Ways(Phase.DIRECT, Gate.EXPERTS), self._targets, self._meter, hidden, top_k)
         self._lockstep = Lockstep(
             transport, max_rows=max_rows, share=group_wait, pump=self._receive, choose=self._choice.choose, **signed
@@ -114,7 +114,11 @@ class MeshExchange:
         newcomers = self._targets.update(view)
         if newcomers:
             self._sender.hello(newcomers)
-        self._choice.update(newcomers, self._lockstep.meet(view.neighbours))
+        self._choice.update(self._lockstep.meet(view.neighbours))
+
+    def use(self, ways: Ways) -> None:
+        """Another cost table, or fixed ways, from the next step on; for benches."""
+        self._choice.use(ways)
 
     def use(self, ways: Ways) -> None:
         """Another cost table, or fixed ways, from the next step on; for benches."""
@@ -133,7 +137,7 @@ class MeshExchange:
         self._probe()
         while (left := end - time.monotonic()) > 0:
             due = self._lockstep.serve()
-            if not self._receive(min(left, due), busy=False) and left <= due:
+            if not self._receive(min(left, due), busy=False):  # a ``wake`` looks like the end of the time
                 return
 
     def wake(self) -> None:
@@ -365,7 +369,9 @@ class MeshExchange:
         """Point the exchange at the instances that are live now; nobody has answered yet."""
         pending.forget_replies()
         pending.live = pending.group.live if pending.depends and pending.group else self._targets.live
-        pending.asked = self._targets.asked(pending.layer)
+        pending.asked = self._targets.asked(pending.layer, pending.live)
+        if not pending.asked:
+            raise self._unavailable(pending, pending.missing)
         if pending.way.gate is Gate.ATTENTION:
             self._sender.route(pending)
         pending.missing = pending.asked

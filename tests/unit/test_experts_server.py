@@ -213,7 +213,7 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(asker, code, words, 
         ("bad_hello", lambda a: a.hello(b"no such address", sender=77)),
         ("late", lambda a: a.send(FrameKind.COMBINE, random_rows(1, 1))),
         ("late", lambda a: a.send(FrameKind.REFUSAL, meta=b"\1")),
-        ("unexpected", lambda a: a.send(FrameKind.PONG, meta=b"\1")),
+        ("unexpected", lambda a: a.send(FrameKind.SUM, random_rows(1, 1))),
     ],
 )  # fmt: skip
 def test_what_deserves_no_answer_is_dropped_and_counted(asker, reason, send):
