@@ -6,6 +6,7 @@ sent to experts is sending.py's, which frame belongs to which exchange pending.p
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -103,6 +104,7 @@ class MeshExchange:
 
     def warm_up(self, layer: int, x: Tensor) -> None:
         self._sum.warm_up(x)
+        self._sender.warm_up(layer, x)
 
     def foresee(self, view: View) -> None:
         self._members = frozenset(instance.incarnation for instance in view.instances.values())
@@ -115,10 +117,6 @@ class MeshExchange:
         if newcomers:
             self._sender.hello(newcomers)
         self._choice.update(self._lockstep.meet(view.neighbours))
-
-    def use(self, ways: Ways) -> None:
-        """Another cost table, or fixed ways, from the next step on; for benches."""
-        self._choice.use(ways)
 
     def use(self, ways: Ways) -> None:
         """Another cost table, or fixed ways, from the next step on; for benches."""
@@ -148,7 +146,9 @@ class MeshExchange:
         return self._stats.copy()
 
     def ways(self) -> Sequence[Row]:
-        return self._choice.ways.table()
+        table = self._choice.ways.table()
+        sizes = Counter((row.rows, row.members) for row in table)
+        return [row for row in table if sizes[row.rows, row.members] > 1]
 
     def samples(self) -> Iterable[Sample]:
         yield from exchange_samples(self.stats())

@@ -95,12 +95,6 @@ class ToyExchange:
     def ready(self):
         return self.available
 
-    def begin(self, rows):
-        return False
-
-    def end(self):
-        pass
-
     def dispatch(self, layer, rows, trace):
         if layer == LAYERS[-1].index and (self.failures or not self.available):
             self.failures = max(self.failures - 1, 0)
