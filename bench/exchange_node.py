@@ -20,8 +20,8 @@ from services.attention.ways import Gate, Phase, Ways
 from services.experts.build import warm_up
 from services.experts.relay import Neighbour as ExpertNeighbour
 from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
-from shared.activation import longest_frame
 from shared.device_profile import DeviceProfile
+from shared.exchange_frames import longest_frame
 from shared.kernels.base import select_kernels
 from shared.messages import Placement
 from shared.models.loader import Checkpoint, open_checkpoint

@@ -65,6 +65,9 @@ class Counts:
     tokens: float
     groups: float
     """Times that an attention instance took part in one."""
+    exchanges: float
+    exchange_s: float
+    """Seconds of all exchanges."""
 
 
 async def pages(mesh: LocalMesh) -> list[str]:
@@ -80,8 +83,9 @@ async def count(urls: list[str]) -> Counts:
     for family in (f for answer in answers for f in text_string_to_metric_families(answer.text)):
         for sample in family.samples:
             totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    names = ("steps", "expert_activations", "generated_tokens", "groups")
-    return Counts(time.perf_counter(), *(totals.get(f"moemesh_{name}_total", 0.0) for name in names))
+    names = ("steps_total", "expert_activations_total", "generated_tokens_total", "groups_total")
+    names += ("exchange_seconds_count", "exchange_seconds_sum")
+    return Counts(time.perf_counter(), *(totals.get(f"moemesh_{name}", 0.0) for name in names))
 
 
 def bandwidth(memory: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """Every control message, as typed MessagePack: one small class each, validated where it enters a process.
 
-Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py).
+Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py). What recorders of routing
+and attention say to each other is in shared/traces/wire.py.
 Unknown fields are tolerated, so that versions can mix; new fields go last and have defaults.
 """
 

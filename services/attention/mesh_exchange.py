@@ -6,6 +6,7 @@ sent to experts is sending.py's, which frame belongs to which exchange pending.p
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from services.attention.pending import LEADER, ExchangeStats, Inbox, Pending
 from services.attention.replies import Sum
 from services.attention.sending import Sender
 from services.attention.stats import exchange_samples, way_samples
+from services.attention.tap import RoutingTap
 from services.attention.targets import Targets
 from services.attention.ways import Gate, Phase, Row, Ways
 from shared.errors import ExchangeUnavailable
@@ -50,6 +52,7 @@ class MeshExchange:
         gates: of every layer, for ways with the gate on this side.
         ways: how exchanges may go.
         group_wait: share of a step for which a group waits for its members; 0: no groups.
+        tap: follows what rows choose.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class MeshExchange:
         gates: Mapping[int, ExpertLayer] | None = None,
         ways: Ways | None = None,
         group_wait: float = 0.0,
+        tap: RoutingTap | None = None,
     ) -> None:
         self._transport = transport
         self._hidden, self._dtype = hidden, dtype
@@ -89,6 +93,7 @@ class MeshExchange:
         )
         self._scratch = Scratch(device)
         self._repeats = 0
+        self._tap = tap
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
@@ -141,7 +146,9 @@ class MeshExchange:
         return self._stats.copy()
 
     def ways(self) -> Sequence[Row]:
-        return self._choice.ways.table()
+        table = self._choice.ways.table()
+        sizes = Counter((row.rows, row.members) for row in table)
+        return [row for row in table if sizes[row.rows, row.members] > 1]
 
     def samples(self) -> Iterable[Sample]:
         yield from exchange_samples(self.stats())
@@ -157,6 +164,8 @@ class MeshExchange:
         standing = Standing(placement.version if placement else 0, self._targets.live)
         group = self._lockstep.begin(rows, standing)
         self._choice.begin(group, rows)
+        if self._tap:
+            self._tap.begin(group.number if group else 0)
         self._repeats = self._stats.repeats.total()
         return group is not None
 
@@ -213,6 +222,8 @@ class MeshExchange:
             taken = time.monotonic() - handle.started
             self._stats.seconds.observe(taken)
             self._choice.exchanged(taken)
+            if self._tap and handle.sums is None:  # else the group's leader knows
+                self._tap.combined(handle.layer, self._sum.chosen)
         except ExchangeUnavailable:
             self._stats.unavailable += 1
             raise

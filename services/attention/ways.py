@@ -260,11 +260,10 @@ class Ways:
                 size.steps = max(size.steps, UNDISTURBED)
 
     def table(self) -> list[Row]:
-        """Sizes with something to choose; of shapes that differ in their nodes alone, the one that was used last."""
+        """For a person and for metrics; of shapes that differ in their nodes alone, the one that was used last."""
         by_use = sorted(self._sizes.items(), key=lambda item: item[1].used)
         latest = {(shape.rows, shape.members): (shape, size) for shape, size in by_use}
-        chosen = (latest[key] for key in sorted(latest) if len(latest[key][1].candidates) > 1)
-        return [row for shape, size in chosen for row in self._rows(shape, size)]
+        return [row for key in sorted(latest) for row in self._rows(*latest[key])]
 
     def _rows(self, shape: Shape, size: _Size) -> Iterable[Row]:
         for way in size.candidates:

@@ -170,7 +170,7 @@ def _member(
 ) -> Member:
     transport = network.transport(max_frame_bytes=1 << 18, receive_slots=64)
     stack.callback(transport.close)
-    settings: dict[str, Any] = {"deadline": 2.0, "give_up": 20.0, "pause": 0.002, "group_wait": 0.1} | options
+    settings: dict[str, Any] = {"deadline": 10.0, "give_up": 30.0, "pause": 0.002, "group_wait": 0.1} | options
     exchange = MeshExchange(
         transport, cast(Kernels, ToyKernels()), hidden=HIDDEN, dtype=torch.float32, top_k=TOP_K, mesh=MESH,
         incarnation=900 + number, max_rows=MAX_ROWS, gates={layer: ToyLayer(layer) for layer in LAYERS},
