@@ -36,8 +36,7 @@ def alone() -> Iterator[list[Any]]:
 @pytest.mark.parametrize(
     ("phase", "gate", "nodes"),
     [
-        ("one", "experts", {}), ("direct", "experts", {}), ("direct", "attention", {}), ("relay", "experts", FAR),
-        ("relay", "attention", FAR), ("auto", "auto", FAR),
+        ("one", "experts", {}), ("direct", "attention", {}), ("relay", "experts", FAR), ("auto", "auto", FAR),
     ],
     ids=lambda value: value if isinstance(value, str) else "far" if value else "near",
 )  # fmt: skip
