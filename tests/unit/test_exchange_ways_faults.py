@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ ROWS = (3, 5, 2)
 NODES = ("x", "x", "y", "y")
 LEADER, MEMBER, RELAY, LEAF = range(4)
 """The first and the last attention instance; the first instance of a node, and one that it passes rows on to."""
-TIMES = {"deadline": 0.08, "give_up": 5.0}
+TIMES: dict[str, Any] = {"deadline": 0.08, "give_up": 5.0}
 
 
 SILENT = [(*way, victim, False) for way in WAYS for victim in (LEADER, MEMBER)]
