@@ -17,7 +17,7 @@ from services.attention.parts import PartBuffer
 from shared.lifecycle import Instance
 from shared.membership import Member, Members
 from shared.messages import Ack, Cancel, Decision, Kind, Placement, Resend, State, Submit, TokenDelta, Tokens
-from shared.placement_watch import PlacementWatch, adoptable
+from shared.placement_watch import PlacementWatch
 from shared.telemetry import extract
 
 REFRESH_S = 1.0
@@ -161,9 +161,9 @@ class AttentionServer:
             await asyncio.sleep(REFRESH_S)
 
     def _refresh(self) -> None:
-        """Give the engine the newest view; a placement is taken once everyone alive has loaded its homes."""
+        """Give the engine the newest view, with the committed placement: all of its instances have loaded it."""
         newest, members = self._watch.current, self._instance.members
-        if newest and newest.digest == self._digest and adoptable(newest, members):
+        if newest and newest.digest == self._digest:
             self._adopted = newest
         view = build_view(self._adopted, members, self._digest, self._instance.node)
         self._foresee(view)

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -58,10 +58,12 @@ class KnownPlacement:
     policy: Policy
 
     @classmethod
-    def of(cls, placement: Placement, instance: str) -> "KnownPlacement":
+    def of(cls, placement: Placement, instance: str, layers: Container[int] | None = None) -> "KnownPlacement":
+        """``layers``: those that can be answered; None: all."""
         ids = placement.instances
         index = ids.index(instance) if instance in ids else -1
-        return cls(placement.version, index, layer_homes(placement), placement.policy)
+        homes = {i: homes for i, homes in layer_homes(placement).items() if layers is None or i in layers}
+        return cls(placement.version, index, homes, placement.policy)
 
 
 @dataclass
@@ -214,7 +216,7 @@ class ExpertServer:
         placement = self._placements.get(header.placement)
         if problem:
             self._refuse(known[1], header, Refusal.BAD_REQUEST, problem)
-        elif placement is None:
+        elif placement is None or header.layer not in placement.homes:
             text = f"placement {header.placement} is not loaded here"
             self._refuse(known[1], header, Refusal.UNKNOWN_PLACEMENT, text)
         else:
