@@ -6,7 +6,7 @@ win over defaults. An unknown flag, a wrong type or a value out of range stops t
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -58,6 +58,13 @@ class AttentionConfig(MeshConfig):
     kv_memory: str = setting("1GiB", "memory of the KV cache, e.g. 512MiB")
     block_size: int = setting(16, "tokens per KV block")
     prefix_cache: bool = setting(True, "keep KV blocks for prompts that begin with the same tokens")
+    group_wait: float = setting(
+        0.1, "share of a step for which it waits for other instances of its node, to read weights once; 0: alone"
+    )
+    phase: Literal["auto", "one", "direct", "relay"] = setting(
+        "auto", "how a node's rows reach the experts: each by itself, by a leader, by relays; auto: what is fastest"
+    )
+    gate: Literal["auto", "experts", "attention"] = setting("auto", "the side that gates; auto: what is fastest")
     exchange_deadline: float = setting(2.0, "seconds to wait for the replies of one exchange before it is repeated")
     no_home_deadline: float = setting(30.0, "seconds that requests wait while an expert has no live home")
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")

@@ -82,6 +82,8 @@ class AttentionFacts(Message):
     """True while requests wait for an expert home, or would."""
     monolith: bool = False
     """True: all experts are in this instance, so that it needs no placement."""
+    address: bytes = b""
+    """Worker address on the data plane, for instances of the same node; empty: it has none."""
 
 
 class ExpertFacts(Message):
@@ -140,10 +142,7 @@ class Hello(Message):
 
 
 class Placement(Message):
-    """Homes of every logical expert, and the policy: all that replica choice depends on, beside live instances.
-
-    Bit i of a mask stands for ``instances[i]``.
-    """
+    """Homes of every logical expert, and the policy: all that replica choice depends on, beside live instances."""
 
     version: Annotated[int, Field(ge=1)]
     epoch: U64
@@ -156,7 +155,7 @@ class Placement(Message):
     moe_layers: tuple[int, ...]
     experts: Count
     homes: bytes
-    """uint64 little-endian [len(moe_layers), experts]: mask of the instances where the expert may run."""
+    """uint64 little-endian [len(moe_layers), experts]: bit i is set where the expert may run on ``instances[i]``."""
     policy: Policy = Policy.ACTIVATED
     """How one of them is chosen."""
 

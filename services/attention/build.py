@@ -18,12 +18,14 @@ from services.attention.mesh_exchange import MeshExchange
 from services.attention.micro_batches import MicroBatching
 from services.attention.sizing import context_length, plan_limits
 from services.attention.step import ModelRunner
+from services.attention.ways import Gate, Phase, Ways
 from shared.compute import ComputeSide
 from shared.config import AttentionConfig
 from shared.keep_awake import KeepAwake
 from shared.kernels.base import Kernels, select_kernels
 from shared.models.decoder import Decoder
 from shared.models.local import LocalExperts
+from shared.models.moe import MoeLayer
 from shared.models.precision import choose_precision
 from shared.pace import UNPACED, Pace
 
@@ -76,8 +78,16 @@ def make_exchange(
         side.say("loading experts")
         return LocalExchange(LocalExperts(side.checkpoint, kernels, side.device, dtype)), UNPACED
     transport, pace = side.data_plane(config.max_batched_tokens, config.ucx_tls)
+    gates = {index: MoeLayer(side.checkpoint, kernels, side.device, dtype, index) for index in spec.moe_layers}
     exchange = MeshExchange(
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
-        mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline,
+        mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline, device=side.device,
+        max_rows=config.max_batched_tokens, gates=gates, ways=make_ways(config), group_wait=config.group_wait,
     )  # fmt: skip
     return exchange, pace
+
+
+def make_ways(config: AttentionConfig) -> Ways:
+    """What the settings leave to choose."""
+    phase = None if config.phase == "auto" else Phase(config.phase)
+    return Ways(phase, None if config.gate == "auto" else Gate(config.gate))

@@ -5,7 +5,7 @@ The seam only: mesh_exchange.py asks expert instances, local_exchange.py compute
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -26,6 +26,15 @@ class ExpertInstance:
     """``time.monotonic()`` of its newest heartbeat: ends a suspicion that is older."""
     cores: frozenset[int] = frozenset()
     """Cores of this node on which it computes."""
+    node: str = ""
+
+
+class Neighbour(NamedTuple):
+    """An attention instance of this node, this one included."""
+
+    incarnation: int
+    address: bytes
+    """Worker address on the data plane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,10 @@ class View:
     placement: Placement | None = None
     instances: Mapping[str, ExpertInstance] = field(default_factory=dict)
     """By instance id; those that may be asked, suspects of the control plane included."""
+    neighbours: Mapping[str, Neighbour] = field(default_factory=dict)
+    """By instance id: who may run steps together with this instance."""
+    node: str = ""
+    """Of this instance."""
 
 
 class Handle(Protocol):
@@ -45,6 +58,11 @@ class Handle(Protocol):
 
 class Exchange(Protocol):
     """What an instance asks of its experts, from its compute thread; ``foresee``, ``wake`` and ``samples`` from any."""
+
+    @property
+    def address(self) -> bytes:
+        """Of this instance on the data plane; empty: it has none."""
+        ...
 
     def warm_up(self, layer: int, x: Tensor) -> None:
         """Compile what an exchange of ``layer`` runs, on x [1, hidden], which it changes."""
@@ -60,6 +78,14 @@ class Exchange(Protocol):
 
     def ready(self) -> bool:
         """True when every expert of every layer has a home that may be asked and is not suspected."""
+        ...
+
+    def begin(self, rows: int) -> bool:
+        """A step of so many rows begins. True: instances share its exchanges, and it must be one micro-batch."""
+        ...
+
+    def end(self) -> None:
+        """The step is over, whether it succeeded or not."""
         ...
 
     def dispatch(self, layer: int, rows: Tensor, trace: tuple[bytes, bytes] = NO_TRACE) -> Handle:

@@ -32,6 +32,10 @@ class LocalExchange:
         self._experts = experts
         self._woken = threading.Event()
 
+    @property
+    def address(self) -> bytes:
+        return b""
+
     def warm_up(self, layer: int, x: Tensor) -> None:
         self._experts.add(layer, x.clone(), x)
 
@@ -43,6 +47,12 @@ class LocalExchange:
 
     def ready(self) -> bool:
         return True
+
+    def begin(self, rows: int) -> bool:
+        return False
+
+    def end(self) -> None:
+        """Nobody takes part."""
 
     def dispatch(self, layer: int, rows: Tensor, trace: tuple[bytes, bytes] = NO_TRACE) -> LocalHandle:
         return LocalHandle(layer, rows)

@@ -46,7 +46,7 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
     watch = await PlacementWatch(instance).start()
     await server.start(engine, watch, limits.max_model_len, built.exchange.foresee)
     fixed = {"device": str(side.device), "paced": built.pace.name}
-    read_facts = partial(facts, limits=limits, monolith=config.monolith)
+    read_facts = partial(facts, limits=limits, monolith=config.monolith, address=built.exchange.address)
     await instance.ready(lambda: {"attention": read_facts(engine.stats, now=time.monotonic()), **fixed})
     await instance.until_stopped()
     await server.drain(config.drain_s)

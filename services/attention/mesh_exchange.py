@@ -1,27 +1,34 @@
 """The exchange over a transport: send, wait with deadlines, repeat, verify, sum.
 
-One-phase: all rows go to every live expert instance. Who is live is decided in targets.py, which frame belongs to
-which exchange in pending.py, what replies must contain in replies.py.
+Who is live is decided in targets.py, who runs a step together in lockstep.py, which way rows go in ways.py; what is
+sent to experts is sending.py's, which frame belongs to which exchange pending.py's, what replies contain replies.py's.
 """
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from services.attention.exchange import Handle, View
-from services.attention.pending import ExchangeStats, Inbox, Pending
+from services.attention.links import LinkMeter, WayChoice
+from services.attention.lockstep import Lockstep, Standing
+from services.attention.pending import LEADER, ExchangeStats, Inbox, Pending
 from services.attention.replies import Sum
-from services.attention.stats import exchange_samples
+from services.attention.sending import Sender
+from services.attention.stats import exchange_samples, way_samples
 from services.attention.targets import Targets
+from services.attention.ways import Gate, Phase, Ways
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
 from shared.metrics import Sample
+from shared.models.moe import ExpertLayer
+from shared.models.scratch import Scratch
 from shared.telemetry import NO_TRACE
-from shared.transport.base import DTYPES, FrameKind, Header, Peer, Transport
+from shared.transport.base import FrameKind, Incoming, Transport
 
+CPU = torch.device("cpu")
 MAX_DISAGREEMENTS = 3
 MOST_QUEUED = 1000
 LONGEST_PATIENCE = 8  # deadlines: doubling ends there
@@ -38,6 +45,11 @@ class MeshExchange:
             every fruitless repeat.
         give_up: seconds after which an exchange ends with ExchangeUnavailable; 0: three deadlines.
         pause: seconds before a refused dispatch is repeated; doubles up to 0.1 s.
+        device: of the rows.
+        max_rows: of an exchange.
+        gates: of every layer, for ways with the gate on this side.
+        ways: how exchanges may go.
+        group_wait: share of a step for which a group waits for its members; 0: no groups.
     """
 
     def __init__(
@@ -53,21 +65,37 @@ class MeshExchange:
         deadline: float = 2.0,
         give_up: float = 0.0,
         pause: float = 0.005,
+        device: torch.device = CPU,
+        max_rows: int = 512,
+        gates: Mapping[int, ExpertLayer] | None = None,
+        ways: Ways | None = None,
+        group_wait: float = 0.0,
     ) -> None:
         self._transport = transport
-        self._kernels = kernels
         self._hidden, self._dtype = hidden, dtype
-        self._mesh, self._incarnation = mesh, incarnation
+        self._incarnation = incarnation
         self._deadline, self._pause = deadline, pause
         self._give_up = give_up or 3 * deadline
         self._targets = Targets(transport)
         self._stats = ExchangeStats()
-        self._inbox = Inbox(self._targets, self._stats, mesh, hidden)
-        self._top_k = top_k
+        self._inbox = Inbox(self._targets, self._stats, mesh, hidden, self._take_other)
         self._sum = Sum(kernels, top_k)
+        signed = {"mesh": mesh, "incarnation": incarnation}
+        self._sender = Sender(transport, self._targets, gates or {}, self._stats, dtype=dtype, **signed)
+        self._meter = LinkMeter(transport, hidden=hidden, pump=self._receive, **signed)
+        self._choice = WayChoice(ways or Ways(Phase.DIRECT, Gate.EXPERTS), self._targets, self._meter, hidden, top_k)
+        self._lockstep = Lockstep(
+            transport, max_rows=max_rows, share=group_wait, pump=self._receive, choose=self._choice.choose, **signed
+        )
+        self._scratch = Scratch(device)
+        self._repeats = 0
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
+
+    @property
+    def address(self) -> bytes:
+        return self._transport.address
 
     def warm_up(self, layer: int, x: Tensor) -> None:
         self._sum.warm_up(x)
@@ -81,11 +109,13 @@ class MeshExchange:
         self.abandon()
         newcomers = self._targets.update(view)
         if newcomers:
-            self._hello(newcomers)
+            self._sender.hello(newcomers)
+        self._choice.update(newcomers, self._lockstep.meet(view.neighbours))
 
     def abandon(self) -> None:
         for pending in list(self._inbox.open.values()):
             self._close(pending)
+        self._lockstep.leave()
 
     def ready(self) -> bool:
         return self._targets.ready()
@@ -93,8 +123,10 @@ class MeshExchange:
     def idle_wait(self, timeout: float) -> None:
         end = time.monotonic() + timeout
         self._probe()
-        while (left := end - time.monotonic()) > 0 and self._receive(left, busy=False):
-            pass
+        while (left := end - time.monotonic()) > 0:
+            due = self._lockstep.serve()
+            if not self._receive(min(left, due), busy=False) and left <= due:
+                return
 
     def wake(self) -> None:
         self._transport.wake()
@@ -104,10 +136,25 @@ class MeshExchange:
         return self._stats.copy()
 
     def samples(self) -> Iterable[Sample]:
-        return exchange_samples(self.stats())
+        yield from exchange_samples(self.stats())
+        yield from way_samples(self._choice.ways.table(), self._lockstep.formed, self._lockstep.broken)
 
     def close(self) -> None:
         self._transport.close()
+
+    # ---- a step -----------------------------------------------------------------------------------------
+
+    def begin(self, rows: int) -> bool:
+        placement = self._targets.placement
+        standing = Standing(placement.version if placement else 0, self._targets.live)
+        group = self._lockstep.begin(rows, standing)
+        self._choice.begin(group, rows)
+        self._repeats = self._stats.repeats.total()
+        return group is not None
+
+    def end(self) -> None:
+        self._choice.end(undisturbed=self._repeats == self._stats.repeats.total())
+        self._lockstep.end()
 
     # ---- one exchange -----------------------------------------------------------------------------------
 
@@ -120,9 +167,34 @@ class MeshExchange:
         pending = Pending(layer, self._sequence, rows, now, now + self._give_up, self._deadline, self._pause)
         pending.trace = trace
         self._inbox.open[pending.sequence] = pending
-        self._aim(pending)
-        self._send(pending, pending.asked)
+        self._join_rows(pending)
+        if pending.leader:
+            pending.missing = LEADER
+            self._set_deadline(pending)
+        else:
+            self._aim(pending)
+            self._sender.send(pending, pending.asked)
         return pending
+
+    def _join_rows(self, pending: Pending) -> None:
+        """Give our rows to the group's leader, or collect those of all members if that is us."""
+        group, pending.way = self._lockstep.group, self._choice.way
+        if group is None or pending.way == (Phase.ONE, Gate.ATTENTION):
+            pending.way = pending.way.straight() if pending.way.phase is Phase.ONE else pending.way
+            return
+        pending.group = group
+        if pending.way.phase is Phase.ONE:
+            return
+        if group.leader != self._incarnation:
+            pending.leader = group.leader
+            self._lockstep.send_rows(group, pending.sequence, pending.layer, pending.rows)
+            return
+        whole = self._scratch.rows("rows", group.total, self._hidden, self._dtype)
+        if self._lockstep.collect(group, pending.layer, pending.rows, whole, pending.started + self._deadline):
+            pending.mine, pending.rows = pending.rows, whole
+        else:
+            self._stats.repeats["group"] += 1
+            self._part(pending)
 
     def combine(self, handle: Handle, x: Tensor) -> None:
         assert isinstance(handle, Pending)  # ours: dispatch made it
@@ -130,7 +202,9 @@ class MeshExchange:
         try:
             self._gather(handle, x)
             self._stats.exchanges += 1
-            self._stats.seconds.observe(time.monotonic() - handle.started)
+            taken = time.monotonic() - handle.started
+            self._stats.seconds.observe(taken)
+            self._choice.exchanged(taken)
         except ExchangeUnavailable:
             self._stats.unavailable += 1
             raise
@@ -153,7 +227,8 @@ class MeshExchange:
     def _wait(self, pending: Pending) -> None:
         """Until one frame, the retry of a refusal or the deadline; acts on the latter two."""
         due = min(pending.deadline, pending.retry_at)
-        received = self._receive(min(due - time.monotonic(), SLICE_S), together=pending.missing.bit_count())
+        together = 1 if pending.leader or pending.way.phase is Phase.RELAY else pending.missing.bit_count()
+        received = self._receive(min(due - time.monotonic(), SLICE_S), together=together)
         now = time.monotonic()
         if now >= pending.deadline:
             self._catch_up()
@@ -161,7 +236,9 @@ class MeshExchange:
             raise self._unavailable(pending, pending.refused)
         if not pending.missing:
             return
-        if now >= pending.deadline:
+        if pending.depends and self._lockstep.group is not pending.group:
+            self._again(pending, 0, "group")
+        elif now >= pending.deadline:
             self._overdue(pending, now)
         elif now >= pending.retry_at:
             self._retry_refused(pending)
@@ -176,18 +253,34 @@ class MeshExchange:
 
     def _add(self, pending: Pending, x: Tensor) -> str:
         """Add all parts to ``x``. Returns why that cannot be, "" when it is done."""
-        replies = pending.replies
-        if len({reply.header.digest for reply in replies.values()}) > 1:
+        if pending.sums is not None:
+            x += pending.sums.rows.to(x.dtype)
+            return ""
+        replies = list(pending.replies.values())
+        if len({reply.frame.header.digest for reply in replies}) > 1:
             pending.problem = "replicas were chosen differently"
             return "digest"
-        sources = [(bit.bit_length() - 1, reply) for bit, reply in replies.items()]
-        problem = self._sum.add(sources, self._targets.homes[pending.layer], x)
+        leads = pending.mine is not None
+        total = self._scratch.rows("sums", len(pending.rows), self._hidden, torch.float32).zero_() if leads else x
+        problem = self._sum.add(replies, self._targets.homes[pending.layer], total)
         pending.problem = problem or pending.problem
+        if not problem and leads:
+            self._hand_out(pending, total, x)
         return "parts" if problem else ""
+
+    def _hand_out(self, pending: Pending, total: Tensor, x: Tensor) -> None:
+        """The sums [T, H] of all members' rows to whom they belong."""
+        group = pending.group
+        assert group is not None
+        self._lockstep.scatter(group, pending.layer, total)
+        x += total[group.first(self._incarnation) :][: len(x)].to(x.dtype)
 
     # ---- trouble ----------------------------------------------------------------------------------------
 
     def _overdue(self, pending: Pending, now: float) -> None:
+        if pending.depends or pending.way.phase is Phase.RELAY:
+            self._again(pending, 0, "group" if pending.depends else "relay")
+            return
         self._suspect(pending.missing)
         if now >= pending.give_up:
             pending.problem = pending.problem or f"no answer within {self._give_up:g} s"
@@ -203,6 +296,10 @@ class MeshExchange:
         self._again(pending, refused, "refusal")
 
     def _look_for_dead(self, pending: Pending) -> None:
+        if pending.leader:
+            if self._lockstep.lost(pending.leader):
+                self._again(pending, 0, "group")
+            return
         lost = self._targets.unreachable(pending.missing, self._members)
         if lost:
             self._stats.suspected.update(self._targets.names(lost))
@@ -225,6 +322,12 @@ class MeshExchange:
         """Ask ``mask`` again; everybody when the live mask changed or ``afresh``, then old replies are void."""
         self._stats.repeats[reason] += 1
         pending.attempt += 1
+        if pending.depends:
+            self._part(pending)
+            afresh = True
+        if pending.way.phase is Phase.RELAY:  # a repeat never depends on another instance
+            pending.way = pending.way.straight()
+            afresh = True
         if self._targets.live != pending.live:
             pending.patience = self._deadline
             afresh = True
@@ -233,14 +336,24 @@ class MeshExchange:
             mask = pending.asked
         elif reason == "deadline":
             self._set_deadline(pending)
-        self._hello(self._targets.peers(mask))
-        self._send(pending, mask)
+        self._sender.hello(self._targets.peers(mask))
+        self._sender.send(pending, mask)
+
+    def _part(self, pending: Pending) -> None:
+        """Leave the group, and go on with our own rows alone until the step ends."""
+        self._lockstep.leave()
+        pending.group, pending.leader = None, 0
+        pending.rows, pending.mine = pending.rows if pending.mine is None else pending.mine, None
+        pending.way = pending.way.straight()
 
     def _aim(self, pending: Pending) -> None:
         """Point the exchange at the instances that are live now; nobody has answered yet."""
         pending.forget_replies()
-        pending.live = self._targets.live
-        pending.asked = pending.missing = self._targets.asked(pending.layer)
+        pending.live = pending.group.live if pending.depends and pending.group else self._targets.live
+        pending.asked = self._targets.asked(pending.layer)
+        if pending.way.gate is Gate.ATTENTION:
+            self._sender.route(pending)
+        pending.missing = pending.asked
         pending.floor = pending.attempt
         pending.refused, pending.retry_at = 0, math.inf
         self._set_deadline(pending)
@@ -257,36 +370,20 @@ class MeshExchange:
 
     # ---- frames -----------------------------------------------------------------------------------------
 
-    def _send(self, pending: Pending, mask: int) -> None:
-        placement = self._targets.placement
-        assert placement is not None  # nobody is asked without one
-        frame = self._transport.outgoing(0, len(pending.rows), self._hidden, self._dtype)
-        frame.rows.copy_(pending.rows)
-        header = Header(
-            FrameKind.DISPATCH, self._mesh, self._incarnation, pending.sequence, pending.attempt,
-            placement.epoch, self._incarnation, placement.version, pending.live, pending.layer,
-            trace_id=pending.trace[0], span_id=pending.trace[1],
-        )  # fmt: skip
-        peers = self._targets.peers(mask)
-        self._stats.bytes_sent += len(peers) * frame.rows.nbytes
-        self._transport.send(peers, header, frame)
-
-    def _hello(self, peers: Sequence[Peer]) -> None:
-        """Tell experts where to reply: they may be new, have restarted, or have lost the first one."""
-        address = self._transport.address
-        frame = self._transport.outgoing(len(address), 0, 0, DTYPES[0])
-        frame.meta[:] = memoryview(address)
-        self._transport.send(peers, Header(FrameKind.HELLO, self._mesh, self._incarnation, 0), frame)
-
     def _probe(self) -> None:
         """Ask suspects for the parts of no rows: one that answers is trusted, even while NATS is away."""
         suspects, now = self._targets.suspects(), time.monotonic()
         if not suspects or now < self._probe_at:
             return
         self._probe_at = now + self._deadline
-        self._hello(self._targets.peers(suspects))
+        self._sender.hello(self._targets.peers(suspects))
         layer, nothing = next(iter(self._targets.homes)), torch.empty(0, self._hidden)
-        self._send(Pending(layer, 0, nothing, now, now, 0.0, 0.0, self._targets.live), suspects)
+        self._sender.send(Pending(layer, 0, nothing, now, now, 0.0, 0.0, self._targets.live), suspects)
+
+    def _take_other(self, incoming: Incoming) -> str:
+        if incoming.header.kind == FrameKind.PONG:
+            return self._meter.take(incoming)
+        return self._lockstep.take(incoming)
 
     def _receive(self, timeout: float, busy: bool = True, together: int = 1) -> bool:
         incoming = self._transport.receive(max(timeout, 0.0), busy, together)

@@ -3,7 +3,8 @@
 Pure arithmetic on arrays that are reused from exchange to exchange; knows neither time nor transport.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,30 @@ from shared.transport.base import Incoming
 PART_BYTES = PARTS.itemsize
 
 
+class Reply(NamedTuple):
+    """A COMBINE frame, and whose parts are in it one after the other."""
+
+    frame: Incoming
+    segments: list[tuple[int, int]]
+    """(bit of an instance, number of its parts)"""
+
+    def table(self) -> Iterator[tuple[int, int, int, int]]:
+        """As ``Kernels.gather`` wants it."""
+        frame = self.frame
+        meta, rows, width = frame.meta_address, frame.rows.data_ptr(), 4 * frame.header.columns
+        for bit, parts in self.segments:
+            yield bit, meta, rows, parts
+            meta, rows = meta + parts * PART_BYTES, rows + parts * width
+
+    def pieces(self) -> Iterator[tuple[int, NDArray[np.uint8], Tensor]]:
+        """(bit, PARTS, rows) of each segment."""
+        first = 0
+        for bit, parts in self.segments:
+            end = first + parts
+            yield bit, self.frame.meta[first * PART_BYTES : end * PART_BYTES], self.frame.rows[first:end]
+            first = end
+
+
 class Sum:
     """Adds replies to the residual stream: in one call where the kernels have one, else step by step."""
 
@@ -25,17 +50,18 @@ class Sum:
         self._top_k = top_k
         self._arrangement = Arrangement(top_k)
 
-    def add(self, replies: Sequence[tuple[int, Incoming]], homes: NDArray[np.uint64], x: Tensor) -> str:
-        """x [T, H] += the weighted parts of all replies, each with the bit of its sender, in ascending expert order.
+    def add(self, replies: Sequence[Reply], homes: NDArray[np.uint64], x: Tensor) -> str:
+        """x [T, H] += the weighted parts of all replies, in ascending expert order.
 
         homes: uint64 [experts], where an expert may have been computed. Returns what is wrong, "" when it is done.
         """
-        table = [(bit, reply.meta_address, reply.rows.data_ptr(), len(reply.rows)) for bit, reply in replies]
+        table = [row for reply in replies for row in reply.table()]
         code = self._kernels.gather(x, np.array(table, np.int64).reshape(-1, 4), self._top_k, homes)
         if code is not None:
             return PROBLEMS[code]
-        metas = ((bit, reply.meta[: len(reply.rows) * PART_BYTES]) for bit, reply in replies)
-        return self._arrange(x, metas, [reply.rows for _, reply in replies], homes)
+        pieces = [piece for reply in replies for piece in reply.pieces()]
+        metas = [(bit, meta) for bit, meta, _ in pieces]
+        return self._arrange(x, metas, [rows for _, _, rows in pieces], homes)
 
     def warm_up(self, x: Tensor) -> None:
         """Compile what ``add`` runs, on x [1, H], which it does not change."""

@@ -11,7 +11,7 @@ from opentelemetry.trace import Span
 
 from services.attention.desk import ACCEPTED
 from services.attention.engine import Engine
-from services.attention.exchange import ExpertInstance, View
+from services.attention.exchange import ExpertInstance, Neighbour, View
 from services.attention.outbox import pack
 from services.attention.parts import PartBuffer
 from shared.lifecycle import Instance
@@ -30,8 +30,20 @@ def build_view(placement: Placement | None, members: Members, digest: str, node:
 
     Those that answer exchanges: READY ones, and DRAINING ones until they are gone.
     """
-    experts = (m for m in members.all() if m.heartbeat.kind is Kind.EXPERTS and _answers(m, digest))
-    return View(placement, {m.id: _expert(m, node) for m in experts})
+    everybody = members.all()
+    experts = {m.id: _expert(m, node) for m in everybody if m.heartbeat.kind is Kind.EXPERTS and _answers(m, digest)}
+    neighbours = {m.id: neighbour for m in everybody if (neighbour := _neighbour(m, digest, node))}
+    return View(placement, experts, neighbours, node)
+
+
+def _neighbour(member: Member, digest: str, node: str) -> Neighbour | None:
+    """An attention instance that may run steps together with one on ``node``."""
+    heartbeat = member.heartbeat
+    facts, model = heartbeat.attention, heartbeat.model
+    if facts is None or not facts.address or model is None or member.suspect:
+        return None
+    here = heartbeat.node == node and model.digest == digest and heartbeat.state in (State.READY, State.DRAINING)
+    return Neighbour(heartbeat.incarnation, facts.address) if here else None
 
 
 def _answers(member: Member, digest: str) -> bool:
@@ -44,7 +56,8 @@ def _expert(member: Member, node: str) -> ExpertInstance:
     heartbeat = member.heartbeat
     assert heartbeat.experts is not None
     cores = frozenset(heartbeat.experts.cores if heartbeat.node == node else ())
-    return ExpertInstance(member.id, heartbeat.incarnation, heartbeat.experts.address, member.last_seen, cores)
+    address = heartbeat.experts.address
+    return ExpertInstance(member.id, heartbeat.incarnation, address, member.last_seen, cores, heartbeat.node)
 
 
 class AttentionServer:

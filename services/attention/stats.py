@@ -4,11 +4,12 @@ Covers the numbers only; heartbeats are made in server.py, the text of /metrics 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.attention.batching import Limits
 from services.attention.pending import ExchangeStats
+from services.attention.ways import Row
 from shared.messages import AttentionFacts
 from shared.metrics import Buckets, Sample, sample
 
@@ -49,7 +50,9 @@ class EngineStats:
         return self.unready_since is not None and now - self.unready_since > NO_EXPERTS_GRACE_S
 
 
-def facts(stats: EngineStats, limits: Limits, now: float, monolith: bool = False) -> AttentionFacts:
+def facts(
+    stats: EngineStats, limits: Limits, now: float, monolith: bool = False, address: bytes = b""
+) -> AttentionFacts:
     """The heartbeat's part about this instance."""
     return AttentionFacts(
         max_model_len=limits.max_model_len,
@@ -63,6 +66,7 @@ def facts(stats: EngineStats, limits: Limits, now: float, monolith: bool = False
         kv_blocks_used=stats.kv_blocks_used,
         stalled=stats.stalled or stats.without_experts(now),
         monolith=monolith,
+        address=address,
     )
 
 
@@ -95,3 +99,15 @@ def exchange_samples(stats: ExchangeStats) -> Iterator[Sample]:
         yield sample("exchange_repeats", count, reason=reason)
     for reason, count in stats.dropped.items():
         yield sample("frames_dropped", count, reason=reason)
+
+
+def way_samples(table: Sequence[Row], formed: int, broken: int) -> Iterator[Sample]:
+    """The cost table, and groups."""
+    yield sample("groups", formed, outcome="formed")
+    yield sample("groups", broken, outcome="broken")
+    for row in table:
+        labels = {"rows": str(row.rows), "members": str(row.members), "way": str(row.way)}
+        yield sample("way_chosen", row.chosen, **labels)
+        yield sample("way_predicted_seconds", row.predicted, **labels)
+        if row.measured is not None:
+            yield sample("way_measured_seconds", row.measured, **labels)

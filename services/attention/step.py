@@ -133,9 +133,10 @@ class ModelRunner:
         Raises ExchangeUnavailable. The cache then holds the rows of some layers; a repeat writes the same again.
         """
         rows, start = sum(chunk.count for chunk in chunks), time.perf_counter()
-        count = self._micro_batching.count(rows)
-        batches = [self._begin(index, part) for index, part in enumerate(split(chunks, count))]
+        together = self._exchange.begin(rows)
+        count = 1 if together else self._micro_batching.count(rows)
         try:
+            batches = [self._begin(index, part) for index, part in enumerate(split(chunks, count))]
             for layer in self._decoder.spec.layers:
                 for batch in batches:
                     self._end_exchange(batch)
@@ -145,7 +146,10 @@ class ModelRunner:
         except ExchangeUnavailable:
             self._exchange.abandon()
             raise
-        self._micro_batching.observe(rows, count, time.perf_counter() - start)
+        finally:
+            self._exchange.end()
+        if not together:
+            self._micro_batching.observe(rows, count, time.perf_counter() - start)
         self.split_steps += len(batches) > 1
         return batches
 

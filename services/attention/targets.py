@@ -61,6 +61,7 @@ class Targets:
         self._suspected: dict[int, float] = {}  # incarnation -> monotonic time
         self._lost: dict[int, float] = {}  # those that no frame can reach: incarnation -> monotonic time
         self._bits: dict[int, int] = {}  # incarnation -> bit in the placement
+        self._nodes: dict[int, str] = {}  # by incarnation
         self._masks: dict[int, int] = {}  # layer -> instances with any home there
         self._table = np.zeros(0, np.uint64)  # homes of all layers
         self.placement: Placement | None = None
@@ -87,6 +88,7 @@ class Targets:
             self._adopt(view.placement)
         self._view = view
         self._bits = self._place(view.instances)
+        self._nodes = {instance.incarnation: instance.node for instance in view.instances.values()}
         self._refresh()
         return [peer for peer in new if peer is not None]
 
@@ -105,6 +107,19 @@ class Targets:
 
     def peers(self, mask: int) -> list[Peer]:
         return [self._peers[i] for i, bit in self._bits.items() if bit & mask]
+
+    def nodes(self, mask: int) -> dict[str, int]:
+        """Masks of the instances of ``mask`` by node, in a fixed order."""
+        found: dict[str, int] = {}
+        for incarnation, bit in self._bits.items():
+            if bit & mask:
+                node = self._nodes.get(incarnation, "")
+                found[node] = found.get(node, 0) | bit
+        return found
+
+    def near(self, mask: int) -> bool:
+        """True when all instances of ``mask`` are on this node."""
+        return all(self._nodes.get(i, "") == self._view.node for i, bit in self._bits.items() if bit & mask)
 
     def names(self, mask: int) -> list[str]:
         """Instance ids of a mask; ids that are in the placement but not connected are named too."""

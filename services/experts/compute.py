@@ -1,4 +1,4 @@
-"""One exchange on the experts' side: gate all rows, choose replicas, plan the parts that are ours.
+"""One exchange on the experts' side: gate all rows, choose replicas, plan the parts that are ours; or as routes say.
 
 Arrays in, arrays out; knows neither senders nor placements; parts are computed in shared/models/moe.py. The same rows,
 homes and live mask give the same result on every instance, which is why an exchange may be repeated.
@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.activation import PARTS, Choice, Parts, plan_exchange, write_parts
+from shared.activation import PARTS, Choice, NoLiveHome, Parts, own_parts, plan_exchange, write_parts
+from shared.errors import BadFrame
+from shared.exchange_frames import Routes
 from shared.models.moe import ExpertLayer, compute_parts, weights_of_sum
 
 
@@ -39,9 +41,43 @@ def answer(
     compute_parts(layer, rows, plan.parts, out[:parts])
     write_parts(meta[: parts * PARTS.itemsize], plan.parts.tokens, plan.parts.experts, plan.weights)
     meta[parts * PARTS.itemsize :] = 0
-    np.add.at(counts[0], plan.parts.experts, 1)
-    counts[1, np.unique(plan.parts.experts)] += 1
+    count_parts(counts, plan.parts)
     return parts, plan.digest
+
+
+def answer_routed(
+    layer: ExpertLayer,
+    rows: Tensor,
+    routes: Routes,
+    homes: NDArray[np.uint64],
+    instance: int,
+    meta: NDArray[np.uint8],
+    out: Tensor,
+    counts: NDArray[np.int64],
+) -> int:
+    """Compute the P parts of an instance of rows [R, H] as ``routes`` say. Returns P; see ``answer``.
+
+    Raises NoLiveHome when an expert has no home here, BadFrame when an id is none of an expert.
+    """
+    if len(rows) and (routes.ids.min() < 0 or routes.ids.max() >= len(homes)):
+        raise BadFrame(f"expert ids must be in 0..{len(homes) - 1}")
+    parts = own_parts(routes.ids, routes.replicas, routes.weights, instance)
+    strangers = parts.experts[homes[parts.experts] >> np.uint64(instance) & np.uint64(1) == 0]
+    if len(strangers):
+        raise NoLiveHome(int(strangers[0]))
+    count = len(parts.tokens)
+    compute_parts(layer, rows, parts, out[:count])
+    tokens = routes.tokens[parts.tokens]
+    write_parts(meta[: count * PARTS.itemsize], tokens, parts.experts, weights_of_sum(layer, parts))
+    meta[count * PARTS.itemsize :] = 0
+    count_parts(counts, parts)
+    return count
+
+
+def count_parts(counts: NDArray[np.int64], parts: Parts) -> None:
+    """counts int64 [2, experts]: parts of each expert, and exchanges that activated it."""
+    np.add.at(counts[0], parts.experts, 1)
+    counts[1, np.unique(parts.experts)] += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from services.experts.compute import answer
+from services.experts.assembly import Assemblies, Assembly
+from services.experts.compute import answer, answer_routed
+from services.experts.relay import Neighbour, Relay
 from shared.activation import PARTS, Choice, NoLiveHome, layer_homes
-from shared.errors import TransportError
+from shared.errors import BadFrame, MoemeshError, TransportError
+from shared.exchange_frames import MASK_BYTES, Flag, Routes, Share, read_mask
 from shared.keep_awake import KeepAwake, LetHalt
 from shared.messages import Placement
 from shared.models.moe import ExpertLayer
 from shared.pace import UNPACED, Pace
 from shared.scheduling.policies import Policy
 from shared.telemetry import NO_TRACE
-from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Refusal, Transport
+from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Outgoing, Peer, Refusal, Transport
 
 Record = Callable[[tuple[bytes, bytes], int, int, int, int], None]
 """Called after a traced exchange: (trace and span id, start ns, end ns, layer, parts)."""
@@ -47,6 +51,14 @@ class ServerLimits:
     """Experts per row."""
 
 
+class Refused(MoemeshError):
+    """An exchange that is not answered now."""
+
+    def __init__(self, code: Refusal, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 @dataclass(frozen=True, slots=True)
 class KnownPlacement:
     """A placement whose homes here are loaded, in the form that the compute thread wants."""
@@ -56,6 +68,8 @@ class KnownPlacement:
     """Our index in it; -1 when it does not name us."""
     homes: Mapping[int, NDArray[np.uint64]]
     policy: Policy
+    instances: tuple[str, ...] = ()
+    """Ids, by their bits."""
 
     @classmethod
     def of(cls, placement: Placement, instance: str, layers: Container[int] | None = None) -> "KnownPlacement":
@@ -63,7 +77,7 @@ class KnownPlacement:
         ids = placement.instances
         index = ids.index(instance) if instance in ids else -1
         homes = {i: homes for i, homes in layer_homes(placement).items() if layers is None or i in layers}
-        return cls(placement.version, index, homes, placement.policy)
+        return cls(placement.version, index, homes, placement.policy, ids)
 
 
 @dataclass
@@ -115,6 +129,8 @@ class ExpertServer:
         self._record = record
         self._pace = pace
         self._awake = awake or LetHalt()
+        self._relay = Relay(transport, mesh, incarnation)
+        self._assemblies = Assemblies(limits.dtype, limits.max_rows)
         self._placements: dict[int, KnownPlacement] = {}  # by version; a new epoch may write it again, unchanged
         self._peers: dict[int, tuple[bytes, Peer]] = {}  # by incarnation
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
@@ -129,6 +145,10 @@ class ExpertServer:
         """Answer exchanges of these placements only; done when no exchange of another one is being computed."""
         table = {known.version: known for known in placements}
         return self._order(lambda: setattr(self, "_placements", table))
+
+    def meet(self, neighbours: Mapping[str, Neighbour]) -> Future[None]:
+        """These are the other expert instances of this node, by id."""
+        return self._order(lambda: self._relay.meet(neighbours))
 
     def detach(self, incarnations: Iterable[int]) -> Future[None]:
         """Forget attention instances that are gone."""
@@ -179,15 +199,29 @@ class ExpertServer:
         try:
             if header.mesh != self._mesh:
                 self.stats.dropped["foreign"] += 1
-            elif header.kind == FrameKind.DISPATCH:
+            elif header.kind in (FrameKind.DISPATCH, FrameKind.ROUTED):
                 self._dispatch(incoming)
+            elif header.kind in (FrameKind.COMBINE, FrameKind.REFUSAL):
+                self._drop(self._relay.take(incoming))
+            elif header.kind == FrameKind.PING:
+                self._pong(header)
             elif header.kind == FrameKind.HELLO:
                 self._hello(header.sender, incoming.meta.tobytes())
             else:
-                self.stats.dropped["unexpected"] += 1
+                self._drop("unexpected")
         finally:
             incoming.release()
             self.stats.busy_s += time.monotonic() - start
+
+    def _drop(self, reason: str) -> None:
+        if reason:
+            self.stats.dropped[reason] += 1
+
+    def _pong(self, asked: Header) -> None:
+        known = self._peers.get(asked.sender)
+        if known:
+            empty = self._transport.outgoing(0, 0, 0, DTYPES[0])
+            self._transport.send([known[1]], self._reply(FrameKind.PONG, asked), empty)
 
     def _hello(self, sender: int, address: bytes) -> None:
         """Learn where to reply. The same address again changes nothing; another one replaces it."""
@@ -206,56 +240,127 @@ class ExpertServer:
 
     def _dispatch(self, incoming: Incoming) -> None:
         header = incoming.header
-        self.stats.frames["dispatch"] += 1
+        self.stats.frames[FrameKind(header.kind).name.lower()] += 1
         known = self._peers.get(header.sender)
         if known is None:  # its next attempt starts with a HELLO
             self.stats.dropped["unknown_sender"] += 1
             return
         self.stats.bytes_received += header.row_bytes
-        problem = self._wrong_with(header)
-        placement = self._placements.get(header.placement)
-        if problem:
-            self._refuse(known[1], header, Refusal.BAD_REQUEST, problem)
-        elif placement is None or header.layer not in placement.homes:
-            text = f"placement {header.placement} is not loaded here"
-            self._refuse(known[1], header, Refusal.UNKNOWN_PLACEMENT, text)
-        else:
-            self._answer(known[1], incoming, placement)
+        try:
+            self._serve(known[1], incoming, self._judge(header))
+        except Refused as refused:
+            self._refuse(known[1], header, refused.code, str(refused))
+        except BadFrame as error:
+            self._refuse(known[1], header, Refusal.BAD_REQUEST, str(error))
+        except NoLiveHome as error:
+            self._refuse(known[1], header, Refusal.NO_HOME, str(error))
 
-    def _wrong_with(self, header: Header) -> str:
-        """Why this model cannot answer the frame, whatever the placement; "" when it can."""
+    def _judge(self, header: Header) -> KnownPlacement:
+        """The placement that a frame names. Raises Refused, BadFrame when this model can never answer the frame."""
         limits = self._limits
         if header.layer not in self._layers:
-            return f"layer {header.layer} has no routed experts"
+            raise BadFrame(f"layer {header.layer} has no routed experts")
         if header.columns != limits.hidden:
-            return f"rows of {header.columns} columns, the model has {limits.hidden}"
+            raise BadFrame(f"rows of {header.columns} columns, the model has {limits.hidden}")
         if header.rows > limits.max_rows:
-            return f"{header.rows} rows, the limit here is {limits.max_rows} (--max-batched-tokens)"
-        return ""
+            raise BadFrame(f"{header.rows} rows, the limit here is {limits.max_rows} (--max-batched-tokens)")
+        placement = self._placements.get(header.placement)
+        if placement is None or header.layer not in placement.homes:
+            raise Refused(Refusal.UNKNOWN_PLACEMENT, f"placement {header.placement} is not loaded here")
+        return placement
 
-    def _answer(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
-        header, start, began = incoming.header, time.time_ns(), time.monotonic()
-        layer, rows = self._layers[header.layer], incoming.rows.to(self._limits.dtype)
-        most = header.rows * self._limits.top_k
-        try:
-            homes = placement.homes[header.layer]
+    def _serve(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
+        """Answer a frame on its own, as a share of a group's exchange, or for this whole node."""
+        header, meta = incoming.header, incoming.meta
+        if header.flags & Flag.SHARE:
+            assembly = self._assemblies.add(header, Share.read(meta), incoming.rows)
+            if assembly:
+                self._answer_group(assembly, header, placement)
+        elif header.flags & Flag.RELAY:
+            self._answer_node(peer, incoming, placement)
+        else:
+            most, begun = header.rows * self._limits.top_k, self._begin()
             frame = self._transport.outgoing(most * PARTS.itemsize, most, self._limits.hidden, torch.float32)
+            parts, digest = self._compute(header, incoming.rows, meta, placement, frame.meta, frame.rows)
+            self._send(peer, header, frame, parts, digest)
+            self._end(begun, header, parts)
+
+    def _answer_group(self, assembly: Assembly, header: Header, placement: KnownPlacement) -> None:
+        """Compute for all members at once; each gets the parts of its own rows."""
+        most, begun = len(assembly.rows) * self._limits.top_k, self._begin()
+        meta = np.empty(most * PARTS.itemsize, np.uint8)
+        rows = torch.empty(most, self._limits.hidden, device=assembly.rows.device)
+        count, digest = self._compute(header, assembly.rows, meta[:0], placement, meta, rows)
+        parts = meta.view(PARTS)[:count]
+        for sender, asked in assembly.asked.items():
+            first = assembly.firsts[sender]
+            theirs = np.flatnonzero((parts["token"] >= first) & (parts["token"] < first + asked.rows))
+            frame = self._transport.outgoing(len(theirs) * PARTS.itemsize, len(theirs), rows.shape[1], rows.dtype)
+            own = frame.meta.view(PARTS)
+            own[:] = parts[theirs]
+            own["token"] -= first
+            torch.index_select(rows, 0, torch.from_numpy(theirs).to(rows.device), out=frame.rows)
+            known = self._peers.get(sender)
+            if known:
+                self._send(known[1], asked, frame, len(theirs), digest)
+        self._end(begun, header, count)
+
+    def _answer_node(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
+        """Pass the rows on to other instances of this node, compute our own parts, and let the relay merge."""
+        header, mask = incoming.header, read_mask(incoming.meta)
+        others = {
+            name: bit for bit, name in enumerate(placement.instances) if mask >> bit & 1 and bit != placement.instance
+        }
+        if not self._relay.knows(others):
+            raise Refused(Refusal.NO_RELAY, "an instance of this node is not known here")
+        most, begun = header.rows * self._limits.top_k, self._begin()
+        relayed = self._relay.forward(incoming, others, (most, self._limits.hidden), peer)
+        meta = relayed.frame.meta[: most * PARTS.itemsize]
+        routes = incoming.meta[MASK_BYTES:]
+        parts, digest = self._compute(header, incoming.rows, routes, placement, meta, relayed.frame.rows)
+        self._relay.add_own(relayed, placement.instance, parts, digest)
+        self._end(begun, header, parts)
+
+    def _compute(
+        self,
+        header: Header,
+        rows: Tensor,
+        routes: NDArray[np.uint8],
+        placement: KnownPlacement,
+        meta: NDArray[np.uint8],
+        out: Tensor,
+    ) -> tuple[int, int]:
+        """Write our parts to ``meta`` and ``out``; returns their number and the digest of the exchange."""
+        layer, counts, began = self._layers[header.layer], self._counts[header.layer], time.monotonic()
+        rows, homes = rows.to(self._limits.dtype), placement.homes[header.layer]
+        if header.kind == FrameKind.ROUTED:
+            given = Routes.read(routes, header.rows, self._limits.top_k)
+            parts, digest = (
+                answer_routed(layer, rows, given, homes, placement.instance, meta, out, counts),
+                header.digest,
+            )
+        else:
             choice = Choice(homes, header.live, placement.instance, placement.policy)
-            parts, digest = answer(layer, rows, choice, frame.meta, frame.rows, self._counts[header.layer])
-        except NoLiveHome as error:
-            self._refuse(peer, header, Refusal.NO_HOME, str(error))
-            return
-        frame.keep(parts)
+            parts, digest = answer(layer, rows, choice, meta, out, counts)
         if self._pace.name:
-            self._pace.experts(began, frame.meta.view(PARTS)["expert"][:parts])
-        reply = self._reply(FrameKind.COMBINE, header)
+            self._pace.experts(began, meta[: parts * PARTS.itemsize].view(PARTS)["expert"])
+        return parts, digest
+
+    def _send(self, peer: Peer, asked: Header, frame: Outgoing, parts: int, digest: int) -> None:
+        frame.keep(parts)
+        reply = self._reply(FrameKind.COMBINE, asked)
         reply.digest = digest
         self._transport.send([peer], reply, frame)
-        self.stats.parts += parts
         self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
+
+    def _begin(self) -> int:
+        return time.time_ns()
+
+    def _end(self, begun: int, header: Header, parts: int) -> None:
+        self.stats.parts += parts
         trace = header.trace_id, header.span_id
         if self._record and trace != NO_TRACE:
-            self._record(trace, start, time.time_ns(), header.layer, parts)
+            self._record(trace, begun, time.time_ns(), header.layer, parts)
 
     def _refuse(self, peer: Peer, header: Header, code: Refusal, problem: str) -> None:
         self.stats.refused[code.name.lower()] += 1

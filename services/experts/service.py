@@ -8,11 +8,12 @@ import logging
 from collections.abc import Iterable, Iterator
 
 from services.experts.build import Built
+from services.experts.relay import Neighbour
 from services.experts.server import KnownPlacement
 from services.experts.store import Homes, StoreRefusal
 from shared.changes import Phase
 from shared.lifecycle import Instance
-from shared.messages import ExpertCosts, ExpertFacts, Kind, Placement
+from shared.messages import ExpertCosts, ExpertFacts, Placement
 from shared.metrics import Sample, expert_samples, sample
 from shared.placement_watch import PlacementWatch
 
@@ -36,6 +37,7 @@ class ExpertsService:
         self._refused = 0
         """The version that was refused last."""
         self._seen: set[int] = set()
+        self._neighbours: dict[str, Neighbour] = {}
         self._changed = asyncio.Event()
 
     def facts(self) -> ExpertFacts:
@@ -64,6 +66,7 @@ class ExpertsService:
         self._watch = watch
         watch.on_change(self._changed.set)
         self._instance.members.on_change(self._detach_gone)
+        self._instance.members.on_change(self._meet_neighbours)
         await self._take_newest()
         self._instance.spawn(self._follow(), "placement")
 
@@ -153,9 +156,18 @@ class ExpertsService:
 
     # ---- attention instances ----------------------------------------------------------------------------
 
+    def _meet_neighbours(self) -> None:
+        """The other expert instances of this node, to whom exchanges may be passed on."""
+        members, instance = self._instance.members.all(), self._instance
+        near = ((m.id, m.heartbeat) for m in members if m.heartbeat.node == instance.node and m.id != instance.id)
+        found = {name: Neighbour(beat.incarnation, beat.experts.address) for name, beat in near if beat.experts}
+        if found != self._neighbours:
+            self._neighbours = found
+            self._server.meet(found)
+
     def _detach_gone(self) -> None:
         members = self._instance.members.all()
-        now = {m.heartbeat.incarnation for m in members if m.heartbeat.kind is Kind.ATTENTION}
+        now = {m.heartbeat.incarnation for m in members}
         if gone := self._seen - now:
             self._server.detach(gone)
         self._seen = now

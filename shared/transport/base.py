@@ -16,19 +16,34 @@ import torch
 from shared.errors import BadFrame
 
 MAGIC = b"MOEX"
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 HEADER_BYTES = 128
 
 
 class FrameKind(IntEnum):
     HELLO = 1
-    """attention -> experts: meta holds the sender's worker address; sent before the first dispatch and every repeat."""
+    """to experts: meta holds the sender's worker address; sent before the first dispatch and every repeat."""
     DISPATCH = 2
-    """attention -> experts: rows [tokens, hidden], normed hidden states of one micro-batch at one layer."""
+    """attention -> experts: rows [tokens, hidden], normed hidden states of one micro-batch at one layer, to be gated
+    there. To a group's leader: a member's rows."""
     COMBINE = 3
     """experts -> attention: rows [parts, hidden] fp32; meta begins with as many PARTS (shared/activation.py)."""
     REFUSAL = 4
     """experts -> attention: meta holds a Refusal code (one byte) and a UTF-8 message."""
+    ROUTED = 5
+    """attention -> experts: those rows that are needed there, and the routes of each (shared/exchange_frames.py)."""
+    SUM = 6
+    """leader -> member: rows [tokens, hidden] fp32, the experts' sum for each of its rows."""
+    JOIN = 7
+    """attention -> attention of its node: a step of so many rows is about to begin (services/attention/groups.py)."""
+    GROUP = 8
+    """The answer: who runs the step together, and how."""
+    LEAVE = 9
+    """member -> members: go on alone."""
+    PING = 10
+    """To measure a link; meta and rows of any size."""
+    PONG = 11
+    """The answer, empty."""
 
 
 class Refusal(IntEnum):
@@ -38,6 +53,8 @@ class Refusal(IntEnum):
     """The live mask leaves a chosen expert without a home."""
     BAD_REQUEST = 3
     """The frame is well-formed but wrong for this model."""
+    NO_RELAY = 4
+    """It cannot be passed on to all instances of this node: ask each of them."""
 
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +75,7 @@ class Header:
     attempt: int = 0
     epoch: int = 0
     group: int = 0
-    """Group whose rows these are; the attention incarnation itself while a group has one member."""
+    """Group whose rows these are; the attention incarnation itself where no other instance's rows belong to them."""
     placement: int = 0
     live: int = 0
     """Bit i set: placement.instances[i] takes part in this attempt."""

@@ -392,7 +392,7 @@ def combine(scripted: Scripted, handle) -> np.ndarray:
         ("malformed", lambda s: s.send(FrameKind.COMBINE, s.transport.outgoing(5, 1, HIDDEN, DTYPES[0]), 100, 0, {})),
         ("malformed", lambda s: s.send(FrameKind.COMBINE, s.transport.outgoing(12, 1, 3, DTYPES[0]), 100, 0, {})),
         ("malformed", lambda s: s.send(FrameKind.COMBINE, s.transport.outgoing(12, 1, HIDDEN, DTYPES[1]), 100, 0, {})),
-        ("malformed", lambda s: s.send(FrameKind.HELLO, s.transport.outgoing(12, 1, HIDDEN, DTYPES[0]), 100, 0, {})),
+        ("foreign", lambda s: s.send(FrameKind.HELLO, s.transport.outgoing(12, 1, HIDDEN, DTYPES[0]), 100, 0, {})),
         ("malformed", lambda s: s.refuse(b"")),
         ("malformed", lambda s: s.refuse(b"\xee?")),
     ],

@@ -60,12 +60,14 @@ class ToyLayer:
             out[p] = torch.from_numpy(self.expert(expert, rows[token].numpy()))
 
     def local(self, rows: Tensor, x: Tensor) -> Tensor:
-        """What a mesh must add to x: experts ascending, one fp32 addition after the other."""
+        """What a mesh must make of x: plus the sum of experts, ascending, one fp32 addition after the other."""
         weights, ids = (t.numpy() for t in self.gate(rows))
         result = x.clone().numpy()
         for t, row in enumerate(rows.numpy()):
+            total = np.zeros_like(row)
             for j in np.argsort(ids[t], kind="stable"):
-                result[t] += weights[t, j] * self.expert(ids[t, j], row)
+                total += weights[t, j] * self.expert(ids[t, j], row)
+            result[t] += total
         return torch.from_numpy(result)
 
 
@@ -75,8 +77,10 @@ class ToyKernels:
 
     def combine(self, out: Tensor, rows: Sequence[Tensor], source: Tensor, index: Tensor, weights: Tensor) -> None:
         for t in range(len(out)):
+            total = torch.zeros_like(out[t])
             for j in range(source.shape[1]):
-                out[t] += weights[t, j] * rows[int(source[t, j])][int(index[t, j])]
+                total += weights[t, j] * rows[int(source[t, j])][int(index[t, j])]
+            out[t] += total
 
 
 def make_placement(

@@ -1,0 +1,151 @@
+"""Who runs a step together: attention instances of one node whose rows then form one exchange per layer. Pure.
+
+The instance with the lowest id is the node's meeting place, whether it has work or not: those that begin a step say so
+there and are told their group. It waits for those that were there the last time, for a share of a step at most.
+"""
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+from services.attention.ways import ALL_WAYS, Way
+
+SHORTEST_WAIT_S = 0.0003
+LONGEST_WAIT_S = 0.02
+MOST_SKIPPED = 32
+"""Steps without a meeting, after meetings to which nobody else came."""
+
+
+class Join(NamedTuple):
+    """An instance is about to begin a step."""
+
+    incarnation: int
+    rows: int
+    placement: int
+    """Version that it uses."""
+    live: int
+    until: float
+    """Monotonic time at which it goes on alone."""
+
+    LAYOUT = struct.Struct("<II")
+
+    @classmethod
+    def pack(cls, rows: int, patience: float) -> bytes:
+        return cls.LAYOUT.pack(rows, int(patience * 1e6))
+
+    @classmethod
+    def unpack(cls, meta: bytes) -> tuple[int, float]:
+        """rows, patience in seconds. Raises struct.error."""
+        rows, patience = cls.LAYOUT.unpack(meta)
+        return rows, patience * 1e-6
+
+
+class Group(NamedTuple):
+    """Instances that run a step together: rows in this order, one placement version and live mask for all."""
+
+    number: int
+    """64 bits, of this step alone."""
+    members: tuple[tuple[int, int], ...]
+    """(incarnation, rows); the first one leads."""
+    way: Way
+    placement: int
+    live: int
+
+    @property
+    def leader(self) -> int:
+        return self.members[0][0]
+
+    @property
+    def total(self) -> int:
+        return sum(rows for _, rows in self.members)
+
+    def first(self, incarnation: int) -> int:
+        """Number of a member's first row."""
+        names = [name for name, _ in self.members]
+        return sum(rows for _, rows in self.members[: names.index(incarnation)])
+
+    def pack(self) -> bytes:
+        words = [word for member in self.members for word in member]
+        return struct.pack(f"<I{len(words)}Q", ALL_WAYS.index(self.way), *words)
+
+    @classmethod
+    def unpack(cls, number: int, placement: int, live: int, meta: bytes) -> Self:
+        """Raises struct.error, ValueError or IndexError when ``meta`` is no group's."""
+        count = (len(meta) - 4) // 16
+        way, *words = struct.unpack(f"<I{2 * count}Q", meta)
+        if count < 2:
+            raise ValueError("a group has two members or more")
+        return cls(number, tuple(zip(words[::2], words[1::2], strict=True)), ALL_WAYS[way], placement, live)
+
+
+@dataclass
+class Meeting:
+    """The meeting place of a node. ``max_rows``: of an exchange."""
+
+    max_rows: int
+    joins: dict[int, Join] = field(default_factory=dict)
+    expected: set[int] = field(default_factory=set)
+    """Incarnations that are waited for."""
+    due: float = 0.0
+    """When the next group is formed at the latest; only while there are joins."""
+
+    def join(self, join: Join, now: float, wait: float) -> None:
+        if not self.joins:
+            self.due = now + wait
+        self.joins[join.incarnation] = join
+        self.expected.add(join.incarnation)
+
+    def leave(self, incarnations: Iterable[int]) -> None:
+        """They are gone."""
+        for incarnation in incarnations:
+            self.joins.pop(incarnation, None)
+            self.expected.discard(incarnation)
+
+    def complete(self, now: float) -> bool:
+        """Whether there is nobody to wait for any more."""
+        return bool(self.joins) and (now >= self.due or self.expected <= self.joins.keys())
+
+    def form(self, order: Sequence[int], now: float) -> list[list[Join]]:
+        """Groups of those who have joined, members in the given order of incarnations; then nobody has joined.
+
+        Only those with the same placement go together, as many as an exchange may have rows. One that has waited too
+        long is alone already. Those who have not come are not expected the next time.
+        """
+        waiting = [self.joins[i] for i in order if i in self.joins and self.joins[i].until > now]
+        self.expected = set(self.joins)
+        self.joins = {}
+        groups: list[list[Join]] = []
+        for join in waiting:
+            fitting = [g for g in groups if g[0].placement == join.placement and _rows(g) + join.rows <= self.max_rows]
+            if fitting:
+                fitting[0].append(join)
+            else:
+                groups.append([join])
+        return groups
+
+
+def _rows(group: Sequence[Join]) -> int:
+    return sum(join.rows for join in group)
+
+
+class Patience:
+    """How often an instance goes to meetings: seldom when nobody else comes, every time when others do."""
+
+    def __init__(self) -> None:
+        self._skip = self._left = 0
+
+    def goes(self) -> bool:
+        if self._left:
+            self._left -= 1
+            return False
+        return True
+
+    def came_back(self, grouped: bool) -> None:
+        self._skip = 0 if grouped else min(max(1, 2 * self._skip), MOST_SKIPPED)
+        self._left = self._skip
+
+
+def longest_wait(share: float, last_step: float) -> float:
+    """Seconds that a meeting waits: a share of the last step, within bounds."""
+    return min(max(share * last_step, SHORTEST_WAIT_S), LONGEST_WAIT_S)

@@ -1,0 +1,317 @@
+"""Groups over the data plane: joins and their answers, members' rows to the leader, sums back.
+
+Decides nothing about experts. Whatever goes wrong breaks the group: its members go on alone until their step ends, and
+nothing of the result depends on it.
+"""
+
+import struct
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.attention.exchange import Neighbour
+from services.attention.groups import Group, Join, Meeting, Patience, longest_wait
+from services.attention.links import pong
+from services.attention.ways import Way
+from shared.errors import TransportError
+from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Transport
+
+Pump = Callable[[float], bool]
+"""Takes one frame, or waits so many seconds for one; False when none came."""
+ChooseWay = Callable[[int, int], Way]
+"""rows of all members, number of members."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What all members of a group must have in common."""
+
+    placement: int
+    live: int
+
+
+class Lockstep:
+    """The groups of one attention instance; belongs to the compute thread.
+
+    Args:
+        mesh, incarnation: what frames are signed with.
+        max_rows: of an exchange.
+        share: of the last step, how long a meeting waits for others; 0: no groups.
+        pump: see ``Pump``; hands frames of groups to ``take``.
+        choose: the way of a group.
+    """
+
+    def __init__(
+        self, transport: Transport, *, mesh: int, incarnation: int, max_rows: int, share: float,
+        pump: Pump, choose: ChooseWay,
+    ) -> None:  # fmt: skip
+        self._transport = transport
+        self._mesh, self._me = mesh, incarnation
+        self._max_rows, self._share = max_rows, share
+        self._pump, self._choose = pump, choose
+        self._meeting = Meeting(max_rows)
+        self._patience = Patience()
+        self._peers: dict[int, Peer] = {}
+        self._order: list[int] = []
+        self._standing = Standing(0, 0)
+        self._answer: Group | None = None
+        self._answered = False
+        self._asked_until = 0.0
+        self._rows = 0
+        """Of the step that is under way; 0 between steps."""
+        self._began = self._last = 0.0
+        self._shares: dict[tuple[int, int], dict[int, Incoming]] = {}
+        self.group: Group | None = None
+        """Of the step that is under way; None when this instance is alone."""
+        self.formed = self.broken = 0
+        """How many groups there were, and how many of them broke."""
+
+    # ---- membership -------------------------------------------------------------------------------------
+
+    def meet(self, neighbours: Mapping[str, Neighbour]) -> list[Peer]:
+        """The attention instances of this node, ourselves included, by id; between steps. Returns new ones."""
+        new = []
+        names = {n.incarnation for n in neighbours.values()} - {self._me}
+        for gone in self._peers.keys() - names:
+            self._transport.disconnect(self._peers.pop(gone))
+        self._meeting.leave(self._meeting.expected - names - {self._me})
+        for neighbour in neighbours.values():
+            if neighbour.incarnation not in self._peers and neighbour.incarnation != self._me:
+                try:
+                    peer = self._peers[neighbour.incarnation] = self._transport.connect(neighbour.address)
+                except TransportError:
+                    continue
+                new.append(peer)
+        known = [neighbours[name].incarnation for name in sorted(neighbours)]
+        self._order = [i for i in known if i in self._peers or i == self._me]
+        return new
+
+    def lost(self, incarnation: int) -> bool:
+        """True when nothing can come from a member any more."""
+        peer = self._peers.get(incarnation)
+        return peer is None or not peer.alive
+
+    @property
+    def _host(self) -> int:
+        """Whose meeting it is."""
+        return next((i for i in self._order if i == self._me or not self.lost(i)), self._me)
+
+    # ---- a step -----------------------------------------------------------------------------------------
+
+    def begin(self, rows: int, standing: Standing) -> Group | None:
+        """A step of so many rows begins: meet the others. Returns the group, None when this instance is alone."""
+        self._standing, self._began = standing, time.monotonic()
+        self.group = None
+        if len(self._order) > 1 and self._share and 0 < rows < self._max_rows:
+            if self._host == self._me:
+                self.group = self._host_meeting(rows)
+            elif self._patience.goes():
+                self.group = self._attend(rows)
+                self._patience.came_back(self.group is not None)
+        self._rows = rows
+        self.formed += self.group is not None
+        return self.group
+
+    def end(self) -> None:
+        """The step is over."""
+        self._last = time.monotonic() - self._began
+        self._rows = 0
+        self.group = None
+        for shares in self._shares.values():
+            for share in shares.values():
+                share.release()
+        self._shares.clear()
+
+    def leave(self) -> None:
+        """Break the group: everybody goes on alone."""
+        if self.group is not None:
+            self.broken += 1
+            self._excuse(self.group)
+            self.group = None
+
+    def _wait_s(self) -> float:
+        return longest_wait(self._share, self._last)
+
+    def _host_meeting(self, rows: int) -> Group | None:
+        while self._pump(0.0):
+            pass
+        now = time.monotonic()
+        mine = Join(self._me, rows, self._standing.placement, self._standing.live, now + 1.0)
+        self._meeting.join(mine, now, self._wait_s())
+        self._meeting.due = now + self._wait_s()  # those who came during our last step have waited anyway
+        while not self._meeting.complete(now := time.monotonic()):
+            self._pump(self._meeting.due - now)
+        return self._form(now)
+
+    def _attend(self, rows: int) -> Group | None:
+        """Ask for a group; alone when there is no answer in time."""
+        self._answer, self._answered = None, False
+        patience = 2 * self._wait_s()
+        self._asked_until = time.monotonic() + patience
+        self._send([self._peers[self._host]], FrameKind.JOIN, Join.pack(rows, patience))
+        while not self._answered and (left := self._asked_until - time.monotonic()) > 0:
+            self._pump(left)
+        self._asked_until = 0.0
+        return self._answer
+
+    def serve(self) -> float:
+        """Between steps, without work: form a group of others that is due. Returns seconds until the next is."""
+        now = time.monotonic()
+        if self._meeting.complete(now):
+            self._form(now)
+        return max(0.0, self._meeting.due - now) if self._meeting.joins else float("inf")
+
+    def _form(self, now: float) -> Group | None:
+        """Tell everybody who has come; returns our own group."""
+        mine = None
+        for joins in self._meeting.form(self._order, now):
+            members = tuple((join.incarnation, join.rows) for join in joins)
+            if len(members) == 1:
+                self._tell(joins[0].incarnation, b"", 0, joins[0])
+                continue
+            number = int.from_bytes(struct.pack("<d", now), "little") ^ self._me ^ members[0][0]
+            way = self._choose(sum(join.rows for join in joins), len(members))
+            group = Group(number, members, way, joins[0].placement, joins[0].live)
+            for join in joins:
+                self._tell(join.incarnation, group.pack(), number, joins[0])
+                mine = group if join.incarnation == self._me else mine
+        return mine
+
+    def _tell(self, incarnation: int, meta: bytes, number: int, first: Join) -> None:
+        if incarnation in self._peers:
+            peers = [self._peers[incarnation]]
+            self._send(peers, FrameKind.GROUP, meta, group=number, placement=first.placement, live=first.live)
+
+    # ---- rows and sums ----------------------------------------------------------------------------------
+
+    def send_rows(self, group: Group, sequence: int, layer: int, rows: Tensor) -> None:
+        """A member's rows to the leader."""
+        frame = self._transport.outgoing(0, len(rows), rows.shape[1], rows.dtype)
+        frame.rows.copy_(rows)
+        header = self._header(FrameKind.DISPATCH, sequence, group.number, layer)
+        self._transport.send([self._peers[group.leader]], header, frame)
+
+    def collect(self, group: Group, layer: int, own: Tensor, whole: Tensor, deadline: float) -> bool:
+        """The leader's part: all members' rows to ``whole`` [T, H]. False when the group broke, or time is over."""
+        others = [i for i, _ in group.members if i != self._me]
+        shares = self._shares.setdefault((group.number, layer), {})
+        while missing := [i for i in others if i not in shares]:
+            left = deadline - time.monotonic()
+            if self.group is not group or left <= 0 or any(self.lost(i) for i in missing):
+                return False
+            self._pump(min(left, 0.05))
+        whole[group.first(self._me) :][: len(own)] = own
+        for incarnation, rows in group.members:
+            share = shares.get(incarnation)
+            if share is not None:
+                if share.header.rows != rows or share.header.columns != whole.shape[1]:
+                    return False
+                whole[group.first(incarnation) :][:rows] = share.rows
+        return True
+
+    def scatter(self, group: Group, layer: int, total: Tensor) -> None:
+        """The leader's part: to each member the sums of its rows, of ``total`` fp32 [T, H]."""
+        for incarnation, share in self._shares.pop((group.number, layer), {}).items():
+            first = group.first(incarnation)
+            sums = total[first : first + share.header.rows]
+            frame = self._transport.outgoing(0, len(sums), total.shape[1], total.dtype)
+            frame.rows.copy_(sums)
+            header = self._header(FrameKind.SUM, share.header.sequence, group.number, layer)
+            if incarnation in self._peers:
+                self._transport.send([self._peers[incarnation]], header, frame)
+            share.release()
+
+    # ---- frames -----------------------------------------------------------------------------------------
+
+    def take(self, incoming: Incoming) -> str:
+        """A frame of a group. Returns why it is dropped, "" when it was taken; kept ones are released here later."""
+        header = incoming.header
+        if header.sender not in self._peers:
+            return "foreign"
+        if header.kind == FrameKind.DISPATCH:
+            return self._keep_share(incoming)
+        if header.kind == FrameKind.PING:
+            pong(self._transport, self._peers[header.sender], header, self._mesh, self._me)
+            incoming.release()
+            return ""
+        problem = ""
+        try:
+            if header.kind == FrameKind.JOIN:
+                self._take_join(header, incoming.meta.tobytes())
+            elif header.kind == FrameKind.GROUP:
+                self._take_group(header, incoming.meta.tobytes())
+            elif header.kind == FrameKind.LEAVE:
+                self._take_leave(header)
+            else:
+                problem = "unexpected"
+        except (struct.error, ValueError, IndexError):
+            return "malformed"
+        if not problem:
+            incoming.release()
+        return problem
+
+    def _keep_share(self, incoming: Incoming) -> str:
+        header, group = incoming.header, self.group
+        known = group is not None and group.number == header.group and group.leader == self._me
+        if not known and not self._asked_until:  # the meeting's answer may come after the first rows
+            return "late"
+        self._shares.setdefault((header.group, header.layer), {})[header.sender] = incoming
+        return ""
+
+    def _take_join(self, header: Header, meta: bytes) -> None:
+        rows, patience = Join.unpack(meta)
+        now = time.monotonic()
+        if self._rows and self._rows + rows <= self._max_rows:
+            patience = max(
+                1.5 * self._last, self._wait_s()
+            )  # our step ends soon: whoever waits for it need not read weights alone
+            self._send([self._peers[header.sender]], FrameKind.GROUP, Join.pack(0, patience))
+        join = Join(header.sender, rows, header.placement, header.live, now + patience)
+        self._meeting.join(join, now, self._wait_s())
+
+    def _take_group(self, header: Header, meta: bytes) -> None:
+        """The meeting's answer: a group, nobody (empty), or a later time at which there will be one."""
+        if not self._asked_until:  # too late: we have begun already
+            if meta and len(meta) != Join.LAYOUT.size:
+                self._excuse(Group.unpack(header.group, header.placement, header.live, meta))
+            return
+        if len(meta) == Join.LAYOUT.size:
+            self._asked_until = time.monotonic() + Join.unpack(meta)[1]
+            return
+        if meta:
+            self._answer = self.group = Group.unpack(header.group, header.placement, header.live, meta)
+        self._answered = True
+
+    def _excuse(self, group: Group) -> None:
+        others = [self._peers[i] for i, _ in group.members if i in self._peers]
+        self._send(others, FrameKind.LEAVE, b"", group=group.number)
+
+    def _take_leave(self, header: Header) -> None:
+        if self.group is not None and self.group.number == header.group:
+            self.broken += 1
+            self.group = None
+
+    def _header(self, kind: FrameKind, sequence: int, group: int, layer: int = 0) -> Header:
+        standing = self._standing
+        return Header(
+            kind, self._mesh, self._me, sequence, group=group, placement=standing.placement, live=standing.live,
+            layer=layer,
+        )  # fmt: skip
+
+    def _send(
+        self,
+        peers: list[Peer],
+        kind: FrameKind,
+        meta: bytes,
+        group: int = 0,
+        placement: int | None = None,
+        live: int = 0,
+    ) -> None:
+        frame = self._transport.outgoing(len(meta), 0, 0, DTYPES[0])
+        frame.meta[:] = memoryview(meta)
+        header = self._header(kind, 0, group)
+        if placement is not None:
+            header.placement, header.live = placement, live
+        self._transport.send(peers, header, frame)

@@ -1,0 +1,146 @@
+"""Two-phase exchanges, case 2: one instance per node gets the rows, passes them on inside and merges the replies.
+
+The relay asks the others as an attention instance would. A reply that does not come is not waited for here: the
+sender's deadline passes, and its repeat goes to every instance directly.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from shared.activation import PARTS
+from shared.errors import TransportError
+from shared.exchange_frames import MASK_BYTES, SEGMENT, Flag, write_segments
+from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Outgoing, Peer, Transport
+
+MOST_OPEN = 64
+
+
+class Neighbour(NamedTuple):
+    """Another expert instance of this node."""
+
+    incarnation: int
+    address: bytes
+
+
+@dataclass
+class Relayed:
+    """One exchange that was passed on: what is merged so far, and who is missing."""
+
+    number: int
+    asked: Header
+    peer: Peer
+    """Who asked."""
+    frame: Outgoing
+    missing: dict[int, int]
+    """Incarnation -> bit."""
+    parts: int = 0
+    digest: int | None = None
+    segments: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Relay:
+    """Belongs to the compute thread. ``mesh``, ``incarnation``: what its frames are signed with."""
+
+    def __init__(self, transport: Transport, mesh: int, incarnation: int) -> None:
+        self._transport = transport
+        self._mesh, self._incarnation = mesh, incarnation
+        self._peers: dict[str, tuple[Neighbour, Peer]] = {}
+        self._open: OrderedDict[int, Relayed] = OrderedDict()
+        self._sequence = 0
+
+    def meet(self, neighbours: Mapping[str, Neighbour]) -> None:
+        """These are the other expert instances of the node now, by id; an address that cannot be used is left out."""
+        for name in [n for n, (known, _) in self._peers.items() if neighbours.get(n) != known]:
+            self._transport.disconnect(self._peers.pop(name)[1])
+        for name, neighbour in neighbours.items():
+            if name not in self._peers:
+                try:
+                    self._peers[name] = neighbour, self._transport.connect(neighbour.address)
+                except TransportError:
+                    continue
+                self._hello([self._peers[name][1]])
+
+    def knows(self, names: Iterable[str]) -> bool:
+        return all(name in self._peers for name in names)
+
+    def forward(self, incoming: Incoming, others: Mapping[str, int], room: tuple[int, int], peer: Peer) -> Relayed:
+        """Pass a frame on to ``others`` (id -> bit), whom ``knows`` must know.
+
+        Args:
+            room: most parts of the merged reply, and columns of its rows.
+            peer: who gets it.
+        """
+        self._sequence += 1
+        header, meta = incoming.header, incoming.meta[MASK_BYTES:]
+        frame = self._transport.outgoing(len(meta), header.rows, header.columns, DTYPES[header.dtype])
+        frame.meta[:] = meta
+        frame.rows.copy_(incoming.rows)
+        asked = replace(
+            header, sender=self._incarnation, sequence=self._sequence, attempt=0, flags=header.flags & ~Flag.RELAY
+        )
+        self._transport.send([self._peers[name][1] for name in others], asked, frame)
+        most, columns = room
+        spare = (1 + len(others)) * SEGMENT.itemsize
+        merged = self._transport.outgoing(most * PARTS.itemsize + spare, most, columns, torch.float32)
+        missing = {self._peers[name][0].incarnation: bit for name, bit in others.items()}
+        relayed = self._open[self._sequence] = Relayed(self._sequence, header, peer, merged, missing)
+        self._forget_oldest()
+        return relayed
+
+    def add_own(self, relayed: Relayed, bit: int, parts: int, digest: int) -> None:
+        """What this instance has computed; its parts lie at the beginning of ``relayed.frame`` already."""
+        relayed.segments.append((bit, parts))
+        relayed.parts, relayed.digest = parts, digest
+        self._finish(relayed)
+
+    def take(self, incoming: Incoming) -> str:
+        """A neighbour's reply. Returns why it is of no use, "" when it was taken."""
+        header = incoming.header
+        relayed = self._open.get(header.sequence)
+        bit = relayed.missing.pop(header.sender, None) if relayed else None
+        if relayed is None or bit is None:
+            return "late"
+        end = relayed.parts + header.rows
+        odd = header.kind != FrameKind.COMBINE or header.digest != relayed.digest
+        if odd or end > len(relayed.frame.rows) or header.meta_bytes < header.rows * PARTS.itemsize:
+            del self._open[header.sequence]  # whoever asked will ask again, directly
+            return "not merged"
+        rows, parts = slice(relayed.parts, end), slice(relayed.parts * PARTS.itemsize, end * PARTS.itemsize)
+        relayed.frame.rows[rows] = incoming.rows
+        relayed.frame.meta[parts] = incoming.meta[: header.rows * PARTS.itemsize]
+        relayed.segments.append((bit, header.rows))
+        relayed.parts = end
+        self._finish(relayed)
+        return ""
+
+    def _finish(self, relayed: Relayed) -> None:
+        """Send the merged reply when nobody is missing."""
+        if relayed.missing or relayed.digest is None:
+            return
+        self._open.pop(relayed.number, None)
+        write_segments(relayed.frame.meta, relayed.segments)
+        relayed.frame.keep(relayed.parts)
+        asked, flags = relayed.asked, len(relayed.segments)
+        header = Header(
+            FrameKind.COMBINE, self._mesh, self._incarnation, asked.sequence, asked.attempt, asked.epoch, asked.group,
+            asked.placement, asked.live, asked.layer, flags=flags, digest=relayed.digest,
+            trace_id=asked.trace_id, span_id=asked.span_id,
+        )  # fmt: skip
+        self._transport.send([relayed.peer], header, relayed.frame)
+
+    def _forget_oldest(self) -> None:
+        while len(self._open) > MOST_OPEN:
+            _, relayed = self._open.popitem(last=False)
+            lost = [peer for known, peer in self._peers.values() if known.incarnation in relayed.missing]
+            self._hello(lost)
+
+    def _hello(self, peers: list[Peer]) -> None:
+        address = self._transport.address
+        frame = self._transport.outgoing(len(address), 0, 0, DTYPES[0])
+        frame.meta[:] = np.frombuffer(address, np.uint8)
+        self._transport.send(peers, Header(FrameKind.HELLO, self._mesh, self._incarnation, 0), frame)

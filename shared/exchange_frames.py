@@ -1,0 +1,125 @@
+"""What the meta of an exchange's frames holds beside PARTS: shares of a group, routes, relays, merged replies.
+
+Layouts only, little-endian; both sides of an exchange read and write them here. How frames travel is the transport's.
+"""
+
+from enum import IntFlag
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.activation import PARTS
+from shared.errors import BadFrame
+from shared.transport.base import Header
+
+Bytes = NDArray[np.uint8]
+
+
+class Flag(IntFlag):
+    """Of DISPATCH and ROUTED frames, in ``Header.flags``: what their meta begins with, in this order."""
+
+    SHARE = 1
+    """A Share: these are some rows of a group's exchange."""
+    RELAY = 2
+    """One uint64: mask of the instances that these rows are for; who gets them passes them on and merges replies."""
+
+
+class Share(NamedTuple):
+    """Which of the rows of a group's exchange a frame holds."""
+
+    members: int
+    first: int
+    """Number of the first of them in the exchange."""
+    total: int
+
+    BYTES = 16
+
+    @classmethod
+    def read(cls, meta: Bytes) -> Self:
+        """Raises BadFrame when ``meta`` holds none."""
+        if len(meta) < cls.BYTES:
+            raise BadFrame("no share in a frame that claims one")
+        members, first, total, _ = meta[: cls.BYTES].view("<u4").tolist()
+        return cls(members, first, total)
+
+    def write(self, meta: Bytes) -> None:
+        meta[: self.BYTES].view("<u4")[:] = *self, 0
+
+
+MASK_BYTES = 8
+
+
+def read_mask(meta: Bytes) -> int:
+    """Raises BadFrame when ``meta`` holds none."""
+    if len(meta) < MASK_BYTES:
+        raise BadFrame("no mask in a frame that is to be passed on")
+    return int(meta[:MASK_BYTES].view("<u8")[0])
+
+
+def write_mask(meta: Bytes, mask: int) -> None:
+    meta[:MASK_BYTES].view("<u8")[0] = mask
+
+
+class Routes(NamedTuple):
+    """Choices for R rows, made by the attention side."""
+
+    tokens: NDArray[np.int32]
+    """[R]: number of each row in its exchange."""
+    ids: NDArray[np.int32]
+    """[R, k]: chosen experts."""
+    replicas: NDArray[np.int32]
+    """[R, k]: the instance that computes each choice."""
+    weights: NDArray[np.float32]
+    """[R, k]"""
+
+    @staticmethod
+    def nbytes(rows: int, top_k: int) -> int:
+        return 4 * rows * (1 + 3 * top_k)
+
+    @classmethod
+    def read(cls, meta: Bytes, rows: int, top_k: int) -> Self:
+        """Views of ``meta``. Raises BadFrame when it has not the size for so many rows."""
+        if len(meta) != cls.nbytes(rows, top_k):
+            raise BadFrame(f"{len(meta)} bytes of routes for {rows} rows of {top_k} choices")
+        words = meta.view("<i4")
+        ids, replicas, weights = words[rows:].reshape(3, rows, top_k)
+        return cls(words[:rows], ids, replicas, weights.view("<f4"))
+
+    def write(self, meta: Bytes) -> None:
+        rows, top_k = self.ids.shape
+        words = meta.view("<i4")
+        words[:rows] = self.tokens
+        table = words[rows:].reshape(3, rows, top_k)
+        table[0], table[1], table[2] = self.ids, self.replicas, self.weights.view("<i4")
+
+    def of(self, mask: int) -> "Routes":
+        """Those of the rows that any instance of ``mask`` needs."""
+        bits = np.uint64(1) << self.replicas.astype(np.uint64)
+        needed = np.flatnonzero((bits & np.uint64(mask)).any(axis=1))
+        return Routes(self.tokens[needed], self.ids[needed], self.replicas[needed], self.weights[needed])
+
+
+SEGMENT = np.dtype([("instance", "<u4"), ("parts", "<u4")])
+"""A COMBINE whose ``Header.flags`` is n > 0 is n replies in one: its meta ends with n of these."""
+
+
+def write_segments(meta: Bytes, segments: list[tuple[int, int]]) -> None:
+    """segments: (bit of an instance, number of its parts), in the order of the parts."""
+    meta[-len(segments) * SEGMENT.itemsize :].view(SEGMENT)[:] = segments
+
+
+def read_segments(header: Header, meta: Bytes, sender: int) -> list[tuple[int, int]]:
+    """(bit of an instance, number of its parts) of a COMBINE from the instance with the bit ``sender``.
+
+    Raises BadFrame when they are not as many as the frame has rows.
+    """
+    if not header.flags:
+        return [(sender, header.rows)]
+    size = header.flags * SEGMENT.itemsize
+    if header.rows * PARTS.itemsize + size > len(meta):
+        raise BadFrame("a merged reply is too short for its segments")
+    found = [(int(instance), int(parts)) for instance, parts in meta[len(meta) - size :].view(SEGMENT).tolist()]
+    if sum(parts for _, parts in found) != header.rows:
+        raise BadFrame("the segments of a merged reply do not add up to its parts")
+    return found

@@ -1,0 +1,31 @@
+"""Groups, phases and the side of the gate: whichever way an exchange goes, every member gets the local bytes."""
+
+import pytest
+
+from services.attention import groups
+from services.attention.ways import Gate, Phase
+from tests.unit.toy_groups import group_mesh
+
+ONE_NODE, TWO_NODES = ("a", "a"), ("x", "x", "y", "y")
+
+
+@pytest.fixture(autouse=True)
+def patient_meetings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of a test are slow to begin their steps."""
+    monkeypatch.setattr(groups, "SHORTEST_WAIT_S", 0.5)
+    monkeypatch.setattr(groups, "LONGEST_WAIT_S", 0.5)
+
+
+@pytest.mark.parametrize("nodes", [ONE_NODE, TWO_NODES], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("gate", Gate)
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("rows", [(3,), (5, 2), (1, 7, 4)], ids=str)
+def test_every_way_gives_the_local_bytes(phase, gate, rows, nodes):
+    with group_mesh(len(rows), nodes, phase, gate) as mesh:
+        before = [member.exchange.stats().dropped for member in mesh.members]
+        assert mesh.steps(rows, 6) == [None] * len(rows)
+        assert mesh.formed >= (2 if len(rows) > 1 else 0)
+        for member, dropped in zip(mesh.members, before, strict=True):
+            stats = member.exchange.stats()
+            assert not stats.repeats
+            assert stats.dropped == dropped

@@ -1,0 +1,169 @@
+"""Toy meshes of several nodes: attention instances in threads that run steps together, experts behind them."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from services.attention.exchange import ExpertInstance, Neighbour, View
+from services.attention.mesh_exchange import MeshExchange
+from services.attention.ways import Gate, Phase, Ways
+from services.experts.relay import Neighbour as ExpertNeighbour
+from shared.kernels.base import Kernels
+from shared.messages import Placement
+from shared.transport.memory import MemoryNetwork
+from tests.unit.toy_experts import (
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    MAX_ROWS,
+    MESH,
+    TOP_K,
+    ToyInstance,
+    ToyKernels,
+    ToyLayer,
+    make_placement,
+    random_rows,
+    start_instance,
+)
+
+
+@dataclass
+class Member:
+    """One attention instance."""
+
+    exchange: MeshExchange
+    name: str
+    neighbour: Neighbour
+
+
+@dataclass
+class GroupMesh:
+    """Attention instances on node "a", expert instances on the nodes that ``nodes`` names."""
+
+    network: MemoryNetwork
+    members: list[Member]
+    instances: list[ToyInstance]
+    nodes: Sequence[str]
+    placement: Placement
+
+    def view(self, members: Sequence[int] | None = None) -> View:
+        facts = [
+            ExpertInstance(i.facts.id, i.facts.incarnation, i.facts.address, 0.0, node=node)
+            for i, node in zip(self.instances, self.nodes, strict=True)
+        ]
+        chosen = [m for n, m in enumerate(self.members) if members is None or n in members]
+        neighbours = {m.name: m.neighbour for m in chosen}
+        return View(self.placement, {f.id: f for f in facts}, neighbours, "a")
+
+    def steps(self, rows: Sequence[int], count: int) -> list[Exception | None]:
+        """Every member runs ``count`` steps with so many rows of its own, at the same time as the others."""
+        barrier = threading.Barrier(len(self.members))
+        failures: list[Exception | None] = [None] * len(self.members)
+
+        def work(number: int) -> None:
+            try:
+                for step in range(count):
+                    barrier.wait(60)
+                    run_step(self.members[number].exchange, rows[number], seed=100 * step + number)
+            except Exception as error:  # noqa: BLE001 - reported by the test's thread
+                failures[number] = error
+                barrier.abort()
+
+        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(len(self.members))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        return failures
+
+    @property
+    def formed(self) -> int:
+        """Groups in which the first member took part."""
+        return self.members[0].exchange._lockstep.formed
+
+
+def run_step(exchange: MeshExchange, rows: int, seed: int) -> None:
+    """All layers of one step give the local bytes."""
+    exchange.begin(rows)
+    try:
+        for layer in LAYERS:
+            hidden, x = random_rows(seed, rows), random_rows(seed + 50, rows)
+            expected: Tensor = ToyLayer(layer).local(hidden, x)
+            exchange.combine(exchange.dispatch(layer, hidden), x)
+            assert x.numpy().tobytes() == expected.numpy().tobytes()
+    finally:
+        exchange.end()
+
+
+@contextmanager
+def group_mesh(
+    attention: int, nodes: Sequence[str], phase: Phase | None = None, gate: Gate | None = None, **options: Any
+) -> Iterator[GroupMesh]:
+    """Every expert has a home on every instance; ``options`` go to the exchanges."""
+    network = MemoryNetwork()
+    with ExitStack() as stack:
+        instances = [start_instance(network, stack, f"e{i}", 100 + i) for i in range(len(nodes))]
+        placement = make_placement([list(range(len(nodes)))] * EXPERTS, [i.facts.id for i in instances])
+        members = [_member(network, stack, number, phase, gate, options) for number in range(attention)]
+        mesh = GroupMesh(network, members, instances, nodes, placement)
+        _introduce(mesh)
+        for member in members:
+            member.exchange.update(View(neighbours={m.name: m.neighbour for m in members}, node="a"))
+        for number in range(attention):
+            _update(mesh, number)
+        yield mesh
+
+
+def _update(mesh: GroupMesh, number: int) -> None:
+    """The others answer pings meanwhile."""
+    stop = threading.Event()
+    others = [m.exchange for n, m in enumerate(mesh.members) if n != number]
+
+    def answer(exchange: MeshExchange) -> None:
+        while not stop.is_set():
+            exchange.idle_wait(0.005)
+
+    threads = [threading.Thread(target=answer, args=(other,), daemon=True) for other in others]
+    for thread in threads:
+        thread.start()
+    mesh.members[number].exchange.update(mesh.view())
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+
+
+def _introduce(mesh: GroupMesh) -> None:
+    from services.experts.server import KnownPlacement
+
+    for instance, node in zip(mesh.instances, mesh.nodes, strict=True):
+        others = {
+            i.facts.id: ExpertNeighbour(i.facts.incarnation, i.facts.address)
+            for i, other in zip(mesh.instances, mesh.nodes, strict=True)
+            if other == node and i is not instance
+        }
+        instance.server.meet(others).result(60)
+        instance.server.adopt([KnownPlacement.of(mesh.placement, instance.facts.id)]).result(60)
+
+
+def _member(
+    network: MemoryNetwork,
+    stack: ExitStack,
+    number: int,
+    phase: Phase | None,
+    gate: Gate | None,
+    options: dict[str, Any],
+) -> Member:
+    transport = network.transport(max_frame_bytes=1 << 18, receive_slots=64)
+    stack.callback(transport.close)
+    settings: dict[str, Any] = {"deadline": 2.0, "give_up": 20.0, "pause": 0.002, "group_wait": 0.1} | options
+    exchange = MeshExchange(
+        transport, cast(Kernels, ToyKernels()), hidden=HIDDEN, dtype=torch.float32, top_k=TOP_K, mesh=MESH,
+        incarnation=900 + number, max_rows=MAX_ROWS, gates={layer: ToyLayer(layer) for layer in LAYERS},
+        ways=Ways(phase, gate), **settings,
+    )  # fmt: skip
+    return Member(exchange, f"a{number}", Neighbour(900 + number, transport.address))
