@@ -111,9 +111,9 @@ class Reconciler:
         self._changed.set()
 
     def facts(self) -> dict[str, Any]:
-        """Heartbeat fields: announces what is stored, so that the others read it."""
-        version = self.committed.version if self.committed else 0
-        return {"placement": version, "serial": self.record.serial if self.record else 0}
+        """Heartbeat fields: announces what is stored, so that the others read it, and what cannot be placed."""
+        version, serial = (self.committed.version if self.committed else 0), (self.record.serial if self.record else 0)
+        return {"placement": version, "serial": serial, "detail": self._problem}
 
     def samples(self) -> list[Sample]:
         """For /metrics; read in another thread."""
@@ -259,7 +259,7 @@ class Reconciler:
         self._problem = problem
         if problem:
             log.error("%s", problem)
-        await self._instance.say(problem)
+        await self._instance.announce()
 
     # ---- what is known ----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
@@ -41,9 +42,10 @@ async def watch(config: MeshConfig) -> AsyncIterator[PlacementWatch]:
 
 
 @asynccontextmanager
-async def scheduler(config: MeshConfig, id: str) -> AsyncIterator[asyncio.Task[None]]:
+async def scheduler(config: MeshConfig, id: str, **settings: Any) -> AsyncIterator[asyncio.Task[None]]:
     """A scheduler in this process; cancelled at the end, as a crash: it keeps its lease."""
-    task = asyncio.create_task(serve(SchedulerConfig(nats=config.nats, mesh=config.mesh, id=id, lease_s=LEASE_S)))
+    made = SchedulerConfig(nats=config.nats, mesh=config.mesh, id=id, lease_s=LEASE_S, **settings)
+    task = asyncio.create_task(serve(made))
     try:
         yield task
     finally:
@@ -287,7 +289,9 @@ async def until_leading(leader: Leader) -> None:
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("lease_s", 0.0), ("homes", -1)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("lease_s", 0.0), ("homes", -1), ("prepare_deadline", 0.0), ("rebalance_s", -1.0)]
+)
 async def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=setting.replace("_", "-")):
         await serve(SchedulerConfig(**{setting: value}))  # type: ignore[arg-type]
