@@ -18,11 +18,12 @@ from shared.cli.rebalance import NotRebalanced, ask, read_homes
 from shared.cli.status import describe, look
 from shared.errors import ConfigError
 from shared.messages import Activated, Subjects
+from shared.placement_watch import read_record
 from tests.mesh import RunningMesh, running_mesh
 
 MESH = "rebalance"
 LAYERS, EXPERTS, SLOTS = 6, 32, 18
-BODY = {"prompt": "In the beginning God created", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
+BODY = {"prompt": "In the beginning God created", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 LOW, HIGH = tuple(range(16)), tuple(range(16, 32))
 
 
@@ -41,7 +42,13 @@ def rebalance(mesh: RunningMesh, request: Rebalance) -> str:
 
 
 def record(mesh: RunningMesh) -> PlacementRecord:
-    found = mesh.call(look(mesh.mesh.nats_url, MESH))[1]
+    async def read() -> PlacementRecord | None:
+        bus = await Bus.connect(mesh.mesh.nats_url, "test")
+        found, _ = await read_record(await bus.store(Subjects(MESH).bucket))
+        await bus.close()
+        return found
+
+    found = mesh.call(read())
     assert found is not None
     return found
 
