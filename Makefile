@@ -19,8 +19,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## start a small mesh on the embedded model, stream a completion, stop
 	$(BIN)/moemesh demo
 
-test: setup  ## every test that this machine can run
-	$(BIN)/pytest
+test: setup  ## every test that this machine can run; containers beside those that only compute
+	@mkdir -p build; $(BIN)/pytest tests/compose > build/compose.log 2>&1 & compose=$$!; \
+	status=0; $(BIN)/pytest tests/parity || status=$$?; \
+	wait $$compose || status=$$?; cat build/compose.log; rm -f build/compose.log; \
+	$(BIN)/pytest tests --ignore tests/parity --ignore tests/compose || status=$$?; exit $$status
 
 lint: setup  ## what CI checks before the tests
 	$(BIN)/ruff check .

@@ -15,9 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 BENCH = Path(__file__).parent
-SCRIPTS = ("decode.py", "limit.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py", "idle.py", "memory.py")
+SCRIPTS = (
+    "decode.py", "limit.py", "ablation.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py", "idle.py",
+    "memory.py",
+)  # fmt: skip
 PURE = ("activation.py", "rebalance.py")
-"""Those that need no model."""
+"""Those that need no model, or bring their own."""
 STEAL = 7
 
 

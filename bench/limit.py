@@ -62,6 +62,12 @@ class Counts:
     moment: float
     steps: float
     activations: float
+    tokens: float
+    groups: float
+    """Times that an attention instance took part in one."""
+    exchanges: float
+    exchange_s: float
+    """Seconds of all exchanges."""
 
 
 async def pages(mesh: LocalMesh) -> list[str]:
@@ -77,7 +83,9 @@ async def count(urls: list[str]) -> Counts:
     for family in (f for answer in answers for f in text_string_to_metric_families(answer.text)):
         for sample in family.samples:
             totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    return Counts(time.perf_counter(), totals["moemesh_steps_total"], totals["moemesh_expert_activations_total"])
+    names = ("steps_total", "expert_activations_total", "generated_tokens_total", "groups_total")
+    names += ("exchange_seconds_count", "exchange_seconds_sum")
+    return Counts(time.perf_counter(), *(totals.get(f"moemesh_{name}", 0.0) for name in names))
 
 
 def bandwidth(memory: torch.Tensor) -> float:

@@ -16,7 +16,6 @@ from shared.errors import MoemeshError
 from shared.messages import Placement
 from shared.scheduling.kernels import ACTIVATED, BAD_ID, DONE, INSTANCES, choose
 from shared.scheduling.policies import Policy
-from shared.transport.base import body_offset
 
 PARTS = np.dtype([("token", "<u4"), ("expert", "<u4"), ("weight", "<f4")])
 """One part: row of the exchange, logical expert, gate weight. The meta of a COMBINE frame is an array of them."""
@@ -248,9 +247,3 @@ def place_parts(parts, part_weights, reply, instance, homes, counts, experts, so
         experts[t, j], source[t, j], index[t, j], weights[t, j] = e, reply, p, part_weights[p, 2]
         counts[t] += 1
     return 0
-
-
-def longest_frame(rows: int, top_k: int, hidden: int) -> int:
-    """Bytes of the largest frame of an exchange of ``rows`` rows: a reply with every part of every row, in fp32."""
-    parts = rows * top_k
-    return body_offset(parts * PARTS.itemsize) + parts * hidden * 4

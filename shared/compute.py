@@ -73,7 +73,7 @@ class ComputeSide:
 
         In the compute thread. Raises TransportError.
         """
-        from shared.activation import longest_frame
+        from shared.exchange_frames import longest_frame
         from shared.pace import UNPACED, Pacer, sleep_exactly
         from shared.transport.paced import PacedTransport
         from shared.transport.ucx import SPIN_US, UcxTransport

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from shared.activation import PARTS
 from shared.errors import BadFrame
-from shared.transport.base import Header
+from shared.scheduling.kernels import INSTANCES
+from shared.transport.base import Header, body_offset
 
 Bytes = NDArray[np.uint8]
 
@@ -112,7 +113,7 @@ def write_segments(meta: Bytes, segments: list[tuple[int, int]]) -> None:
 def read_segments(header: Header, meta: Bytes, sender: int) -> list[tuple[int, int]]:
     """(bit of an instance, number of its parts) of a COMBINE from the instance with the bit ``sender``.
 
-    Raises BadFrame when they are not as many as the frame has rows.
+    Raises BadFrame when they are not as many as the frame has rows, or name no instance.
     """
     if not header.flags:
         return [(sender, header.rows)]
@@ -122,4 +123,14 @@ def read_segments(header: Header, meta: Bytes, sender: int) -> list[tuple[int, i
     found = [(int(instance), int(parts)) for instance, parts in meta[len(meta) - size :].view(SEGMENT).tolist()]
     if sum(parts for _, parts in found) != header.rows:
         raise BadFrame("the segments of a merged reply do not add up to its parts")
+    if any(instance >= INSTANCES for instance, _ in found):
+        raise BadFrame("a segment of a merged reply names no instance")
     return found
+
+
+def longest_frame(rows: int, top_k: int, hidden: int) -> int:
+    """Bytes of the largest frame of an exchange of ``rows`` rows: a merged reply with every part of every row in fp32,
+    or, where rows have one expert each, all of them with their routes."""
+    parts = rows * top_k
+    reply = body_offset(parts * PARTS.itemsize + INSTANCES * SEGMENT.itemsize) + parts * hidden * 4
+    return max(reply, body_offset(MASK_BYTES + Routes.nbytes(rows, top_k)) + rows * hidden * 4)

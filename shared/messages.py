@@ -1,6 +1,7 @@
 """Every control message, as typed MessagePack: one small class each, validated where it enters a process.
 
-Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py).
+Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py). What recorders of routing
+and attention say to each other is in shared/traces/wire.py.
 Unknown fields are tolerated, so that versions can mix; new fields go last and have defaults.
 """
 
@@ -64,6 +65,21 @@ class ModelFacts(Message):
     top_k: Count
 
 
+class WayFacts(Message):
+    """One line of an attention instance's cost table: exchanges of a size, and a way that they may go."""
+
+    rows: Count
+    """Of all members; exchanges of this many rows or fewer, and more than half as many."""
+    members: Count
+    way: str
+    """phase/gate"""
+    predicted_s: float
+    """What the links alone cost."""
+    measured_s: float | None
+    """Median of the last trial, experts included; None: not tried."""
+    chosen: bool
+
+
 class AttentionFacts(Message):
     max_model_len: Count
     """Longest sequence (prompt and output), in tokens."""
@@ -84,6 +100,8 @@ class AttentionFacts(Message):
     """True: all experts are in this instance, so that it needs no placement."""
     address: bytes = b""
     """Worker address on the data plane, for instances of the same node; empty: it has none."""
+    ways: tuple[WayFacts, ...] = ()
+    """The cost table, where there is anything to choose."""
 
 
 class ExpertFacts(Message):

@@ -44,6 +44,8 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "way_predicted_seconds": ("gauge", "What the links alone cost an exchange, estimated."),
     "way_measured_seconds": ("gauge", "Median of an exchange in the last trial."),
     "frames_dropped": ("counter", "Frames thrown away, by reason."),
+    "trace_recorders": ("gauge", "Recorders of routing that this instance sends to."),
+    "trace_dropped": ("counter", "Exchanges that recorders did not get, because they wanted more than could be sent."),
     "expert_tokens": ("counter", "Tokens computed, by layer and expert."),
     "expert_activations": ("counter", "Exchanges in which the expert computed anything here, by layer and expert."),
     "replicas": ("gauge", "Loaded expert replicas."),

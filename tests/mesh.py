@@ -4,8 +4,9 @@
 """
 
 import asyncio
+import re
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from shared.cli.mesh import LocalMesh, MeshOptions
+from shared.cli.status import look
 
 T = TypeVar("T")
 START_LIMIT_S = 240.0
@@ -46,15 +48,38 @@ class RunningMesh:
         assert response.status_code == 200, response.text
         return response.json()
 
+    def metrics_of(self, name: str) -> Callable[[str], float]:
+        """Reads a metric of an instance now; 0 for one that is not there yet."""
+        members, _ = self.call(look(self.mesh.nats_url, self.mesh.options.mesh))
+        url = next(m.heartbeat.url for m in members if m.id == name)
+
+        def read(metric: str) -> float:
+            text = httpx.get(url + "/metrics", timeout=30).text
+            found = re.search(rf"^{re.escape(metric)} (\S+)$", text, re.MULTILINE)
+            return float(found[1]) if found else 0.0
+
+        return read
+
+
+class SpreadMesh(LocalMesh):
+    """A mesh whose processes pretend to be on several nodes; ``nodes``: by name of the process."""
+
+    nodes: Mapping[str, str] = {}
+
+    def _environ(self, name: str) -> dict[str, str]:
+        node = {"MOEMESH_NODE": self.nodes[name]} if name in self.nodes else {}
+        return super()._environ(name) | node
+
 
 @contextmanager
-def running_mesh(**options: Any) -> Iterator[RunningMesh]:
+def running_mesh(nodes: Mapping[str, str] | None = None, **options: Any) -> Iterator[RunningMesh]:
     """Start a mesh on free ports and stop it at the end; a failed start raises with the child's last lines."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     log: list[str] = []
-    mesh = LocalMesh(MeshOptions(port=0, **options), on_line=lambda name, line: log.append(f"{name}: {line}"))
+    mesh = SpreadMesh(MeshOptions(port=0, **options), on_line=lambda name, line: log.append(f"{name}: {line}"))
+    mesh.nodes = nodes or {}
     running = RunningMesh(mesh, loop, log)
     try:
         running.call(mesh.__aenter__())

@@ -18,6 +18,7 @@ from services.attention.mesh_exchange import MeshExchange
 from services.attention.micro_batches import MicroBatching
 from services.attention.sizing import context_length, plan_limits
 from services.attention.step import ModelRunner
+from services.attention.tap import RoutingTap
 from services.attention.ways import Gate, Phase, Ways
 from shared.compute import ComputeSide
 from shared.config import AttentionConfig
@@ -39,6 +40,8 @@ class Built:
     limits: Limits
     pace: Pace
     awake: KeepAwake
+    tap: RoutingTap | None
+    """None: a monolith has no exchanges."""
 
     def run(self) -> None:
         """The compute thread's work until ``engine.stop``."""
@@ -56,7 +59,8 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     limits = plan_limits(config, spec, decoder.bytes_per_block(config.block_size))
     side.say(f"KV cache of {limits.kv_blocks * limits.block_size} tokens")
     cache = decoder.new_cache(limits.kv_blocks, limits.block_size)
-    exchange, pace = make_exchange(config, side, kernels, dtype)
+    tap = None if config.monolith else RoutingTap(spec.moe_layers, spec.router.experts, side.instance.incarnation)
+    exchange, pace = make_exchange(config, side, kernels, dtype, tap)
     micro_batching = MicroBatching(1 if config.monolith else config.micro_batches)
     runner = ModelRunner(decoder, cache, exchange, limits.block_size, config.trace_layers, micro_batching, pace)
     side.say("compiling kernels")
@@ -66,11 +70,11 @@ def build(config: AttentionConfig, side: ComputeSide, emit: Emit) -> Built:
     batcher = Batcher(limits, BlockPool(limits.kv_blocks, limits.block_size, config.prefix_cache))
     awake, record = side.keep_awake(), side.instance.telemetry.record
     engine = Engine(runner, exchange, batcher, emit, config.no_home_deadline, record=record, awake=awake)
-    return Built(engine, exchange, limits, pace, awake)
+    return Built(engine, exchange, limits, pace, awake, tap)
 
 
 def make_exchange(
-    config: AttentionConfig, side: ComputeSide, kernels: Kernels, dtype: torch.dtype
+    config: AttentionConfig, side: ComputeSide, kernels: Kernels, dtype: torch.dtype, tap: RoutingTap | None
 ) -> tuple[Exchange, Pace]:
     """Over the data plane, or all experts here; and the pace of this instance. Raises ModelError and TransportError."""
     spec = side.checkpoint.spec
@@ -83,6 +87,7 @@ def make_exchange(
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
         mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline, device=side.device,
         max_rows=config.max_batched_tokens, gates=gates, ways=make_ways(config), group_wait=config.group_wait,
+        tap=tap,
     )  # fmt: skip
     return exchange, pace
 

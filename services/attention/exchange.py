@@ -3,12 +3,13 @@
 The seam only: mesh_exchange.py asks expert instances, local_exchange.py computes the experts of a monolith itself.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from services.attention.ways import Row
 from shared.messages import Placement
 from shared.metrics import Sample
 from shared.telemetry import NO_TRACE
@@ -113,6 +114,10 @@ class Exchange(Protocol):
 
     def wake(self) -> None:
         """End an ``idle_wait`` early."""
+        ...
+
+    def ways(self) -> Sequence[Row]:
+        """The cost table; empty where there is nothing to choose. Any thread."""
         ...
 
     def samples(self) -> Iterable[Sample]:

@@ -1,8 +1,9 @@
 """What messages to other instances cost, measured when they join: the figures behind the cost table of ways.py."""
 
 import time
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, median
 
 import torch
 
@@ -11,34 +12,40 @@ from services.attention.targets import Targets
 from services.attention.ways import NEAR, SOLO, Link, Node, Shape, Way, Ways, link_of
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Transport
 
-PATIENCE_S = 0.2
-"""A peer that does not answer for so long is not measured."""
+FIRST_S, PATIENCE_S = 0.05, 0.2
+"""A peer that does not answer the first ping, or another one, for so long is not measured."""
 SINGLES, BURST, BULKS = 4, 8, 2
 BULK_ROWS = 64
+MOST_TRIES = 5
+"""How often a peer is measured that does not answer: one that has just joined may know us later than we know it."""
 
 
 class LinkMeter:
     """Measures round trips; in the compute thread, between steps.
 
     Args:
+        max_rows: of a frame.
         pump: takes one frame or waits so many seconds for one; hands answers to ``take``.
     """
 
     def __init__(
-        self, transport: Transport, *, mesh: int, incarnation: int, hidden: int, pump: Callable[[float], bool]
-    ) -> None:
+        self, transport: Transport, *, mesh: int, incarnation: int, hidden: int, max_rows: int,
+        pump: Callable[[float], bool],
+    ) -> None:  # fmt: skip
         self._transport, self._pump = transport, pump
         self._mesh, self._incarnation, self._hidden = mesh, incarnation, hidden
+        self._bulk_rows = min(BULK_ROWS, max_rows)
         self._sequence = 0
         self._missing = 0
 
     def measure(self, peer: Peer) -> Link | None:
         """None when the peer does not answer."""
-        if self._round_trip(peer) is None:  # the first one opens the connection
+        if self._round_trip(peer, patience=FIRST_S) is None:  # it opens the connection
             return None
         singles = [self._round_trip(peer) for _ in range(SINGLES)]
         bursts = [(BURST, self._round_trip(peer, BURST)) for _ in range(BULKS)]
-        bulk = [(BULK_ROWS * self._hidden * 4, self._round_trip(peer, 1, BULK_ROWS)) for _ in range(BULKS)]
+        rows = self._bulk_rows
+        bulk = [(rows * self._hidden * 4, self._round_trip(peer, 1, rows)) for _ in range(BULKS)]
         times = [*singles, *(t for _, t in bursts), *(t for _, t in bulk)]
         if any(t is None for t in times):
             return None
@@ -48,7 +55,7 @@ class LinkMeter:
             [(n, t) for n, t in bulk if t is not None],
         )
 
-    def _round_trip(self, peer: Peer, messages: int = 1, rows: int = 0) -> float | None:
+    def _round_trip(self, peer: Peer, messages: int = 1, rows: int = 0, patience: float = PATIENCE_S) -> float | None:
         """Seconds until the last of so many messages was answered."""
         self._sequence += 1
         self._missing = messages
@@ -58,7 +65,7 @@ class LinkMeter:
             header = Header(FrameKind.PING, self._mesh, self._incarnation, self._sequence)
             self._transport.send([peer], header, frame)
         while self._missing:
-            left = start + PATIENCE_S - time.monotonic()
+            left = start + patience - time.monotonic()
             if left <= 0:
                 return None
             self._pump(left)
@@ -81,23 +88,50 @@ class WayChoice:
         self._targets, self._meter = targets, meter
         self._hidden, self._top_k = hidden, top_k
         self._links: dict[Peer, Link] = {}
+        self._tries: Counter[Peer] = Counter()
+        self._silent: set[Peer] = set()
+        """Neighbours that did not answer yet."""
+        self._grouped = False
+        """Whether there have ever been any."""
         self._inside = NEAR
+        self._nodes: dict[int, tuple[Node, ...]] = {}
+        """By live mask, until the next update."""
         self._shape: Shape | None = None
         self._seconds: list[float] = []
         self.way = SOLO
         """Of the step that is under way."""
 
-    def update(self, experts: Sequence[Peer], neighbours: Sequence[Peer]) -> None:
-        """These are new. Measures them where there is something to choose."""
-        far = not self._targets.near(self._targets.live)
-        if far or neighbours:
-            found = {peer: link for peer in experts if (link := self._meter.measure(peer))}
-            self._links |= found
-        inside = [link for peer in neighbours if (link := self._meter.measure(peer))]
+    def update(self, neighbours: Sequence[Peer]) -> None:
+        """The targets may have changed, and these of our node are new. Measures where there is something to choose."""
+        self._nodes.clear()
+        self._silent |= set(neighbours)
+        self._grouped = self._grouped or bool(neighbours)
+        inside = self._measure(self._silent)
+        self._silent = {peer for peer in self._silent - inside.keys() if peer.alive and self._tries[peer] < MOST_TRIES}
         if inside:
-            self._inside = _middle(inside)
-        if experts or neighbours:
+            self._inside = _middle(list(inside.values()))
+        found = self._measure_experts() if self._grouped or not self._targets.near(self._targets.live) else {}
+        if inside or found:
             self.ways.forget()
+
+    def use(self, ways: Ways) -> None:
+        """Another cost table from the next step on."""
+        self.ways = ways
+
+    def _measure_experts(self) -> dict[Peer, Link]:
+        """Those that have not been measured: they may have been here before there was a placement."""
+        connected = {*self._targets.peers(-1)}
+        self._links = {peer: link for peer, link in self._links.items() if peer in connected}
+        self._tries = Counter({peer: n for peer, n in self._tries.items() if peer in connected | self._silent})
+        found = self._measure(peer for peer in self._targets.peers(self._targets.live) if peer not in self._links)
+        self._links |= found
+        return found
+
+    def _measure(self, peers: Iterable[Peer]) -> dict[Peer, Link]:
+        """Those that answer."""
+        asked = [peer for peer in peers if self._tries[peer] < MOST_TRIES]
+        self._tries.update(asked)
+        return {peer: link for peer in asked if (link := self._meter.measure(peer))}
 
     def choose(self, rows: int, members: int) -> Way:
         """The way of a step of so many rows of so many instances."""
@@ -110,22 +144,26 @@ class WayChoice:
         self.way = group.way if group else self.ways.choose(self._shape)
 
     def exchanged(self, seconds: float) -> None:
-        """An exchange of this step took so long, and nothing went wrong."""
+        """An exchange of this step took so long."""
         self._seconds.append(seconds)
 
     def end(self, undisturbed: bool) -> None:
-        """The step is over."""
-        if self._shape is not None and self._seconds and undisturbed:
-            self.ways.observe(self._shape, self.way, median(self._seconds))
+        """The step is over. Repeats count: their exchanges are few, and the median would not show them."""
+        if self._shape is not None and self._seconds:
+            self.ways.observe(self._shape, self.way, (median if undisturbed else fmean)(self._seconds))
         self._shape = None
 
     def _shape_of(self, rows: int, members: int) -> Shape:
         """Of an exchange that asks all live instances."""
-        nodes = []
-        for mask in self._targets.nodes(self._targets.live).values():
-            known = [self._links[peer] for peer in self._targets.peers(mask) if peer in self._links]
-            nodes.append(Node(mask.bit_count(), _middle(known) if known else NEAR, self._targets.near(mask)))
-        return Shape(rows, members, tuple(nodes), self._hidden, self._top_k, self._inside)
+        live = self._targets.live
+        nodes = self._nodes.get(live)
+        if nodes is None:
+            nodes = self._nodes[live] = tuple(self._node(mask) for mask in self._targets.nodes(live).values())
+        return Shape(rows, members, nodes, self._hidden, self._top_k, self._inside)
+
+    def _node(self, mask: int) -> Node:
+        known = [self._links[peer] for peer in self._targets.peers(mask) if peer in self._links]
+        return Node(mask.bit_count(), _middle(known) if known else NEAR, self._targets.near(mask))
 
 
 def _middle(links: Sequence[Link]) -> Link:

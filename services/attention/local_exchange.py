@@ -5,12 +5,13 @@ the gate's kernels are recorded; and no spans of exchanges, for there are none.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from services.attention.exchange import Handle, View
+from services.attention.ways import Row
 from shared.metrics import Sample
 from shared.models.local import LocalExperts
 from shared.telemetry import NO_TRACE
@@ -70,6 +71,9 @@ class LocalExchange:
 
     def wake(self) -> None:
         self._woken.set()
+
+    def ways(self) -> Sequence[Row]:
+        return ()
 
     def samples(self) -> Iterable[Sample]:
         return ()

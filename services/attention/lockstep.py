@@ -4,15 +4,17 @@ Decides nothing about experts. Whatever goes wrong breaks the group: its members
 nothing of the result depends on it.
 """
 
+import logging
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from services.attention.exchange import Neighbour
-from services.attention.groups import Group, Join, Meeting, Patience, longest_wait
+from services.attention.groups import Group, Join, Meeting, Patience, longest_wait, patience_for
 from services.attention.links import pong
 from services.attention.ways import Way
 from shared.errors import TransportError
@@ -22,6 +24,11 @@ Pump = Callable[[float], bool]
 """Takes one frame, or waits so many seconds for one; False when none came."""
 ChooseWay = Callable[[int, int], Way]
 """rows of all members, number of members."""
+MOST_QUEUED = 256
+MOST_DISSOLVED = 16
+SLICE_S = 0.05  # how often who waits looks whether a connection broke
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +63,17 @@ class Lockstep:
         self._peers: dict[int, Peer] = {}
         self._order: list[int] = []
         self._standing = Standing(0, 0)
-        self._answer: Group | None = None
-        self._answered = False
-        self._asked_until = 0.0
+        self._joins = 0
+        self._asked: Join | None = None
+        """Ours, while its answer is awaited."""
+        self._attended = False
+        self._dissolved: deque[int] = deque(maxlen=MOST_DISSOLVED)
+        """Groups that others have left, perhaps before we are told that we are in them."""
         self._rows = 0
         """Of the step that is under way; 0 between steps."""
         self._began = self._last = 0.0
-        self._shares: dict[tuple[int, int], dict[int, Incoming]] = {}
+        self._shares: dict[int, Incoming] = {}
+        """By sender: its newest rows, kept until the next ones so that late copies are known."""
         self.group: Group | None = None
         """Of the step that is under way; None when this instance is alone."""
         self.formed = self.broken = 0
@@ -76,12 +87,13 @@ class Lockstep:
         names = {n.incarnation for n in neighbours.values()} - {self._me}
         for gone in self._peers.keys() - names:
             self._transport.disconnect(self._peers.pop(gone))
-        self._meeting.leave(self._meeting.expected - names - {self._me})
+        self._meeting.leave(self._meeting.newest.keys() - names - {self._me})
         for neighbour in neighbours.values():
             if neighbour.incarnation not in self._peers and neighbour.incarnation != self._me:
                 try:
                     peer = self._peers[neighbour.incarnation] = self._transport.connect(neighbour.address)
-                except TransportError:
+                except TransportError as error:
+                    log.warning("cannot connect to an attention instance of this node: %s", error)
                     continue
                 new.append(peer)
         known = [neighbours[name].incarnation for name in sorted(neighbours)]
@@ -103,13 +115,14 @@ class Lockstep:
     def begin(self, rows: int, standing: Standing) -> Group | None:
         """A step of so many rows begins: meet the others. Returns the group, None when this instance is alone."""
         self._standing, self._began = standing, time.monotonic()
-        self.group = None
+        self.group, self._attended = None, False
         if len(self._order) > 1 and self._share and 0 < rows < self._max_rows:
-            if self._host == self._me:
+            host = self._host
+            if host == self._me:
                 self.group = self._host_meeting(rows)
             elif self._patience.goes():
-                self.group = self._attend(rows)
-                self._patience.came_back(self.group is not None)
+                self._attended = True
+                self._attend(host, rows)
         self._rows = rows
         self.formed += self.group is not None
         return self.group
@@ -117,11 +130,12 @@ class Lockstep:
     def end(self) -> None:
         """The step is over."""
         self._last = time.monotonic() - self._began
+        if self._attended:
+            self._patience.came_back(self.group is not None)
         self._rows = 0
         self.group = None
-        for shares in self._shares.values():
-            for share in shares.values():
-                share.release()
+        for share in self._shares.values():
+            share.release()
         self._shares.clear()
 
     def leave(self) -> None:
@@ -135,26 +149,28 @@ class Lockstep:
         return longest_wait(self._share, self._last)
 
     def _host_meeting(self, rows: int) -> Group | None:
-        while self._pump(0.0):
-            pass
+        for _ in range(MOST_QUEUED):
+            if not self._pump(0.0):
+                break
         now = time.monotonic()
-        mine = Join(self._me, rows, self._standing.placement, self._standing.live, now + 1.0)
-        self._meeting.join(mine, now, self._wait_s())
+        self._meeting.join(self._join(rows, now + 1.0), now, self._wait_s())
         self._meeting.due = now + self._wait_s()  # those who came during our last step have waited anyway
         while not self._meeting.complete(now := time.monotonic()):
             self._pump(self._meeting.due - now)
         return self._form(now)
 
-    def _attend(self, rows: int) -> Group | None:
+    def _join(self, rows: int, until: float) -> Join:
+        self._joins += 1
+        return Join(self._me, self._joins, rows, self._standing.placement, self._standing.live, until)
+
+    def _attend(self, host: int, rows: int) -> None:
         """Ask for a group; alone when there is no answer in time."""
-        self._answer, self._answered = None, False
         patience = 2 * self._wait_s()
-        self._asked_until = time.monotonic() + patience
-        self._send([self._peers[self._host]], FrameKind.JOIN, Join.pack(rows, patience))
-        while not self._answered and (left := self._asked_until - time.monotonic()) > 0:
-            self._pump(left)
-        self._asked_until = 0.0
-        return self._answer
+        self._asked = join = self._join(rows, time.monotonic() + patience)
+        self._send([self._peers[host]], FrameKind.JOIN, Join.pack(rows, patience), sequence=join.number)
+        while self._asked and (left := self._asked.until - time.monotonic()) > 0 and not self.lost(host):
+            self._pump(min(left, SLICE_S))
+        self._asked = None
 
     def serve(self) -> float:
         """Between steps, without work: form a group of others that is due. Returns seconds until the next is."""
@@ -169,20 +185,21 @@ class Lockstep:
         for joins in self._meeting.form(self._order, now):
             members = tuple((join.incarnation, join.rows) for join in joins)
             if len(members) == 1:
-                self._tell(joins[0].incarnation, b"", 0, joins[0])
+                self._tell(joins[0], b"", 0)
                 continue
             number = int.from_bytes(struct.pack("<d", now), "little") ^ self._me ^ members[0][0]
             way = self._choose(sum(join.rows for join in joins), len(members))
             group = Group(number, members, way, joins[0].placement, joins[0].live)
             for join in joins:
-                self._tell(join.incarnation, group.pack(), number, joins[0])
+                self._tell(join, group.pack(), number)
                 mine = group if join.incarnation == self._me else mine
         return mine
 
-    def _tell(self, incarnation: int, meta: bytes, number: int, first: Join) -> None:
-        if incarnation in self._peers:
-            peers = [self._peers[incarnation]]
-            self._send(peers, FrameKind.GROUP, meta, group=number, placement=first.placement, live=first.live)
+    def _tell(self, join: Join, meta: bytes, number: int) -> None:
+        if join.incarnation in self._peers:
+            header = self._header(FrameKind.GROUP, join.number, number)
+            header.placement, header.live = join.placement, join.live
+            self._send_to([self._peers[join.incarnation]], header, meta)
 
     # ---- rows and sums ----------------------------------------------------------------------------------
 
@@ -196,32 +213,38 @@ class Lockstep:
     def collect(self, group: Group, layer: int, own: Tensor, whole: Tensor, deadline: float) -> bool:
         """The leader's part: all members' rows to ``whole`` [T, H]. False when the group broke, or time is over."""
         others = [i for i, _ in group.members if i != self._me]
-        shares = self._shares.setdefault((group.number, layer), {})
-        while missing := [i for i in others if i not in shares]:
+        while missing := [i for i in others if self._kept(group, layer, i) is None]:
             left = deadline - time.monotonic()
             if self.group is not group or left <= 0 or any(self.lost(i) for i in missing):
                 return False
-            self._pump(min(left, 0.05))
-        whole[group.first(self._me) :][: len(own)] = own
+            self._pump(min(left, SLICE_S))
+        first = 0
         for incarnation, rows in group.members:
-            share = shares.get(incarnation)
-            if share is not None:
-                if share.header.rows != rows or share.header.columns != whole.shape[1]:
-                    return False
-                whole[group.first(incarnation) :][:rows] = share.rows
+            share = self._kept(group, layer, incarnation)
+            theirs = own if share is None else share.rows
+            if theirs.shape != (rows, whole.shape[1]):
+                return False
+            whole[first : first + rows] = theirs
+            first += rows
         return True
 
     def scatter(self, group: Group, layer: int, total: Tensor) -> None:
         """The leader's part: to each member the sums of its rows, of ``total`` fp32 [T, H]."""
-        for incarnation, share in self._shares.pop((group.number, layer), {}).items():
-            first = group.first(incarnation)
-            sums = total[first : first + share.header.rows]
-            frame = self._transport.outgoing(0, len(sums), total.shape[1], total.dtype)
-            frame.rows.copy_(sums)
-            header = self._header(FrameKind.SUM, share.header.sequence, group.number, layer)
-            if incarnation in self._peers:
-                self._transport.send([self._peers[incarnation]], header, frame)
-            share.release()
+        first = 0
+        for incarnation, rows in group.members:
+            share, peer = self._kept(group, layer, incarnation), self._peers.get(incarnation)
+            if share is not None and peer is not None:
+                frame = self._transport.outgoing(0, rows, total.shape[1], total.dtype)
+                frame.rows.copy_(total[first : first + rows])
+                header = self._header(FrameKind.SUM, share.header.sequence, group.number, layer)
+                self._transport.send([peer], header, frame)
+            first += rows
+
+    def _kept(self, group: Group, layer: int, incarnation: int) -> Incoming | None:
+        """The rows of a member for an exchange; None as long as they are not here."""
+        share = self._shares.get(incarnation)
+        here = share is not None and (share.header.group, share.header.layer) == (group.number, layer)
+        return share if here else None
 
     # ---- frames -----------------------------------------------------------------------------------------
 
@@ -254,35 +277,42 @@ class Lockstep:
 
     def _keep_share(self, incoming: Incoming) -> str:
         header, group = incoming.header, self.group
-        known = group is not None and group.number == header.group and group.leader == self._me
-        if not known and not self._asked_until:  # the meeting's answer may come after the first rows
+        ours = group is not None and group.number == header.group and group.leader == self._me
+        if not ours and not self._asked:  # while it is awaited, the meeting's answer may come after the first rows
+            self._send([self._peers[header.sender]], FrameKind.LEAVE, b"", group=header.group)
             return "late"
-        self._shares.setdefault((header.group, header.layer), {})[header.sender] = incoming
+        before = self._shares.get(header.sender)
+        if before is not None:
+            if before.header.sequence >= header.sequence:
+                return "duplicate"
+            before.release()
+        self._shares[header.sender] = incoming
         return ""
 
     def _take_join(self, header: Header, meta: bytes) -> None:
         rows, patience = Join.unpack(meta)
         now = time.monotonic()
-        if self._rows and self._rows + rows <= self._max_rows:
-            patience = max(
-                1.5 * self._last, self._wait_s()
-            )  # our step ends soon: whoever waits for it need not read weights alone
-            self._send([self._peers[header.sender]], FrameKind.GROUP, Join.pack(0, patience))
-        join = Join(header.sender, rows, header.placement, header.live, now + patience)
-        self._meeting.join(join, now, self._wait_s())
+        later = self._rows and self._rows + rows <= self._max_rows
+        patience = patience_for(self._last) if later else patience
+        join = Join(header.sender, header.sequence, rows, header.placement, header.live, now + patience)
+        if self._meeting.join(join, now, self._wait_s()) and later:
+            meta = Join.pack(rows, patience)
+            self._send([self._peers[header.sender]], FrameKind.GROUP, meta, sequence=header.sequence)
 
     def _take_group(self, header: Header, meta: bytes) -> None:
         """The meeting's answer: a group, nobody (empty), or a later time at which there will be one."""
-        if not self._asked_until:  # too late: we have begun already
-            if meta and len(meta) != Join.LAYOUT.size:
-                self._excuse(Group.unpack(header.group, header.placement, header.live, meta))
-            return
+        asked = self._asked if self._asked and self._asked.number == header.sequence else None
         if len(meta) == Join.LAYOUT.size:
-            self._asked_until = time.monotonic() + Join.unpack(meta)[1]
+            if asked:
+                self._asked = asked._replace(until=time.monotonic() + Join.unpack(meta)[1])
             return
-        if meta:
-            self._answer = self.group = Group.unpack(header.group, header.placement, header.live, meta)
-        self._answered = True
+        group = Group.unpack(header.group, header.placement, header.live, meta) if meta else None
+        if asked:
+            self._asked = None
+        if group and asked and group.number not in self._dissolved and group.suits(asked, self._max_rows, self._peers):
+            self.group = group
+        elif group and (self.group is None or self.group.number != group.number):  # not a second copy of the answer
+            self._excuse(group)  # it comes too late, and we have begun already; or we cannot reach all of them
 
     def _excuse(self, group: Group) -> None:
         others = [self._peers[i] for i, _ in group.members if i in self._peers]
@@ -292,6 +322,7 @@ class Lockstep:
         if self.group is not None and self.group.number == header.group:
             self.broken += 1
             self.group = None
+        self._dissolved.append(header.group)
 
     def _header(self, kind: FrameKind, sequence: int, group: int, layer: int = 0) -> Header:
         standing = self._standing
@@ -306,12 +337,11 @@ class Lockstep:
         kind: FrameKind,
         meta: bytes,
         group: int = 0,
-        placement: int | None = None,
-        live: int = 0,
+        sequence: int = 0,
     ) -> None:
+        self._send_to(peers, self._header(kind, sequence, group), meta)
+
+    def _send_to(self, peers: list[Peer], header: Header, meta: bytes) -> None:
         frame = self._transport.outgoing(len(meta), 0, 0, DTYPES[0])
         frame.meta[:] = memoryview(meta)
-        header = self._header(kind, 0, group)
-        if placement is not None:
-            header.placement, header.live = placement, live
         self._transport.send(peers, header, frame)

@@ -27,6 +27,7 @@ async def serve(config: AttentionConfig, threads: int) -> None:
 async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
     # Imported here: torch and numba read the environment that main has set.
     from services.attention.build import build
+    from services.attention.reports import RoutingReports
     from services.attention.server import AttentionServer
     from services.attention.stats import facts, samples
     from shared.placement_watch import PlacementWatch
@@ -40,13 +41,16 @@ async def _serve_on(side: ComputeSide, config: AttentionConfig) -> None:
         yield from samples(engine.stats, limits, engine.step_seconds, engine.desk.refused)
         yield from built.exchange.samples()
         yield from built.pace.samples()
+        yield from built.tap.samples() if built.tap else ()
 
     instance.telemetry.collect(read_metrics)
     computing = instance.spawn(side.call(built.run), "compute")
     watch = await PlacementWatch(instance).start()
     await server.start(engine, watch, limits.max_model_len, built.exchange.foresee)
+    if built.tap:
+        await RoutingReports(instance, built.tap).start()
     fixed = {"device": str(side.device), "paced": built.pace.name}
-    read_facts = partial(facts, limits=limits, monolith=config.monolith, address=built.exchange.address)
+    read_facts = partial(facts, limits=limits, exchange=built.exchange, monolith=config.monolith)
     await instance.ready(lambda: {"attention": read_facts(engine.stats, now=time.monotonic()), **fixed})
     await instance.until_stopped()
     await server.drain(config.drain_s)

@@ -6,7 +6,8 @@ sent to experts is sending.py's, which frame belongs to which exchange pending.p
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from services.attention.pending import LEADER, ExchangeStats, Inbox, Pending
 from services.attention.replies import Sum
 from services.attention.sending import Sender
 from services.attention.stats import exchange_samples, way_samples
+from services.attention.tap import RoutingTap
 from services.attention.targets import Targets
-from services.attention.ways import Gate, Phase, Ways
+from services.attention.ways import Gate, Phase, Row, Ways
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
 from shared.metrics import Sample
@@ -50,6 +52,7 @@ class MeshExchange:
         gates: of every layer, for ways with the gate on this side.
         ways: how exchanges may go.
         group_wait: share of a step for which a group waits for its members; 0: no groups.
+        tap: follows what rows choose.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class MeshExchange:
         gates: Mapping[int, ExpertLayer] | None = None,
         ways: Ways | None = None,
         group_wait: float = 0.0,
+        tap: RoutingTap | None = None,
     ) -> None:
         self._transport = transport
         self._hidden, self._dtype = hidden, dtype
@@ -82,13 +86,14 @@ class MeshExchange:
         self._sum = Sum(kernels, top_k)
         signed = {"mesh": mesh, "incarnation": incarnation}
         self._sender = Sender(transport, self._targets, gates or {}, self._stats, dtype=dtype, **signed)
-        self._meter = LinkMeter(transport, hidden=hidden, pump=self._receive, **signed)
+        self._meter = LinkMeter(transport, hidden=hidden, max_rows=max_rows, pump=self._receive, **signed)
         self._choice = WayChoice(ways or Ways(Phase.DIRECT, Gate.EXPERTS), self._targets, self._meter, hidden, top_k)
         self._lockstep = Lockstep(
             transport, max_rows=max_rows, share=group_wait, pump=self._receive, choose=self._choice.choose, **signed
         )
         self._scratch = Scratch(device)
         self._repeats = 0
+        self._tap = tap
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
@@ -99,6 +104,7 @@ class MeshExchange:
 
     def warm_up(self, layer: int, x: Tensor) -> None:
         self._sum.warm_up(x)
+        self._sender.warm_up(layer, x)
 
     def foresee(self, view: View) -> None:
         self._members = frozenset(instance.incarnation for instance in view.instances.values())
@@ -110,7 +116,11 @@ class MeshExchange:
         newcomers = self._targets.update(view)
         if newcomers:
             self._sender.hello(newcomers)
-        self._choice.update(newcomers, self._lockstep.meet(view.neighbours))
+        self._choice.update(self._lockstep.meet(view.neighbours))
+
+    def use(self, ways: Ways) -> None:
+        """Another cost table, or fixed ways, from the next step on; for benches."""
+        self._choice.use(ways)
 
     def abandon(self) -> None:
         for pending in list(self._inbox.open.values()):
@@ -125,7 +135,7 @@ class MeshExchange:
         self._probe()
         while (left := end - time.monotonic()) > 0:
             due = self._lockstep.serve()
-            if not self._receive(min(left, due), busy=False) and left <= due:
+            if not self._receive(min(left, due), busy=False):  # a ``wake`` looks like the end of the time
                 return
 
     def wake(self) -> None:
@@ -135,9 +145,14 @@ class MeshExchange:
         """A copy of the counters; may be called from any thread."""
         return self._stats.copy()
 
+    def ways(self) -> Sequence[Row]:
+        table = self._choice.ways.table()
+        sizes = Counter((row.rows, row.members) for row in table)
+        return [row for row in table if sizes[row.rows, row.members] > 1]
+
     def samples(self) -> Iterable[Sample]:
         yield from exchange_samples(self.stats())
-        yield from way_samples(self._choice.ways.table(), self._lockstep.formed, self._lockstep.broken)
+        yield from way_samples(self.ways(), self._lockstep.formed, self._lockstep.broken)
 
     def close(self) -> None:
         self._transport.close()
@@ -149,6 +164,8 @@ class MeshExchange:
         standing = Standing(placement.version if placement else 0, self._targets.live)
         group = self._lockstep.begin(rows, standing)
         self._choice.begin(group, rows)
+        if self._tap:
+            self._tap.begin(group.number if group else 0)
         self._repeats = self._stats.repeats.total()
         return group is not None
 
@@ -205,6 +222,8 @@ class MeshExchange:
             taken = time.monotonic() - handle.started
             self._stats.seconds.observe(taken)
             self._choice.exchanged(taken)
+            if self._tap and handle.sums is None:  # else the group's leader knows
+                self._tap.combined(handle.layer, self._sum.chosen)
         except ExchangeUnavailable:
             self._stats.unavailable += 1
             raise
@@ -350,7 +369,9 @@ class MeshExchange:
         """Point the exchange at the instances that are live now; nobody has answered yet."""
         pending.forget_replies()
         pending.live = pending.group.live if pending.depends and pending.group else self._targets.live
-        pending.asked = self._targets.asked(pending.layer)
+        pending.asked = self._targets.asked(pending.layer, pending.live)
+        if not pending.asked:
+            raise self._unavailable(pending, pending.missing)
         if pending.way.gate is Gate.ATTENTION:
             self._sender.route(pending)
         pending.missing = pending.asked

@@ -112,6 +112,11 @@ class Pending:
         """True: other members must do their part, else there is no answer."""
         return self.group is not None and (self.leader != 0 or self.way.phase is Phase.ONE)
 
+    @property
+    def simple(self) -> bool:
+        """True: a repeat would be the same; else it goes without other members and without relays."""
+        return not self.depends and self.way.phase is not Phase.RELAY
+
     def straight(self) -> "Pending":
         """The same exchange without relays."""
         return replace(self, way=self.way.straight())
@@ -216,7 +221,7 @@ class Inbox:
         text = bytes(incoming.meta[1:]).decode(errors="replace")
         incoming.release()
         pending.problem = f"{code.name.lower()}: {text}"
-        pending.fatal = pending.fatal or code is Refusal.BAD_REQUEST
+        pending.fatal = pending.fatal or (code is Refusal.BAD_REQUEST and pending.simple)
         pending.refused |= bit
         pending.retry_at = min(pending.retry_at, time.monotonic() + pending.pause)
         pending.pause = min(2 * pending.pause, LONGEST_PAUSE_S)

@@ -49,6 +49,8 @@ class Sum:
         self._kernels = kernels
         self._top_k = top_k
         self._arrangement = Arrangement(top_k)
+        self.chosen = self._arrangement.experts(1)
+        """uint32 [T, k], ascending: the experts of the rows that were added last; valid until the next ``add``."""
 
     def add(self, replies: Sequence[Reply], homes: NDArray[np.uint64], x: Tensor) -> str:
         """x [T, H] += the weighted parts of all replies, in ascending expert order.
@@ -56,7 +58,8 @@ class Sum:
         homes: uint64 [experts], where an expert may have been computed. Returns what is wrong, "" when it is done.
         """
         table = [row for reply in replies for row in reply.table()]
-        code = self._kernels.gather(x, np.array(table, np.int64).reshape(-1, 4), self._top_k, homes)
+        self.chosen = self._arrangement.experts(len(x))
+        code = self._kernels.gather(x, np.array(table, np.int64).reshape(-1, 4), homes, self.chosen)
         if code is not None:
             return PROBLEMS[code]
         pieces = [piece for reply in replies for piece in reply.pieces()]
@@ -69,7 +72,7 @@ class Sum:
         parts["expert"] = np.arange(self._top_k)
         rows = torch.zeros(self._top_k, x.shape[1], device=x.device)
         table = np.array([(0, parts.ctypes.data, rows.data_ptr(), self._top_k)], np.int64)
-        if self._kernels.gather(x, table, self._top_k, homes) is None:
+        if self._kernels.gather(x, table, homes, self.chosen) is None:
             self._arrange(x, [(0, parts.view(np.uint8))], [rows], homes)
 
     def _arrange(
@@ -112,6 +115,11 @@ class Arrangement:
                 return PROBLEMS[code]
             parts += len(table)
         return PROBLEMS[0 if parts == rows * self._top_k else INCOMPLETE]
+
+    def experts(self, rows: int) -> NDArray[np.uint32]:
+        """Room for the experts [rows, k] that ``fill`` arranges; valid until there are other rows."""
+        self._slice(rows)
+        return self._arrays[0][:rows]
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """source, index, weights for ``Kernels.combine``; valid until the next ``fill``."""

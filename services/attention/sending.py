@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.attention.pending import ExchangeStats, Pending
@@ -38,15 +39,27 @@ class Sender:
 
         Raises NoLiveHome.
         """
-        layer = pending.layer
-        weights, ids = (t.numpy(force=True) for t in self._gates[layer].gate(pending.rows.to(self._dtype)))
+        weights, ids = self._gate(pending.layer, pending.rows)
         placement = self._targets.placement
         assert placement is not None
-        replicas = schedule_activations(ids, self._targets.homes[layer], pending.live, placement.policy).replicas
+        homes = self._targets.homes[pending.layer]
+        replicas = schedule_activations(ids, homes, pending.live, placement.policy).replicas
         numbers = np.arange(len(ids), dtype=np.int32)
         pending.routes = Routes(numbers, ids.copy(), replicas, weights.copy())
         pending.digest = exchange_digest(ids, replicas)
         pending.asked = int(np.bitwise_or.reduce(np.uint64(1) << np.unique(replicas).astype(np.uint64)))
+
+    def warm_up(self, layer: int, rows: Tensor) -> None:
+        """Compile what ``route`` runs, on rows [1, H]: the first exchange that goes this way must not wait for it."""
+        if layer in self._gates:
+            _, ids = self._gate(layer, rows)
+            homes = np.ones(int(ids.max()) + 1, np.uint64)
+            exchange_digest(ids, schedule_activations(ids, homes, 1).replicas)
+
+    def _gate(self, layer: int, rows: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Weights and ids [T, k], valid until the next call."""
+        weights, ids = self._gates[layer].gate(rows.to(self._dtype))
+        return weights.numpy(force=True), ids.numpy(force=True)
 
     def send(self, pending: Pending, mask: int) -> None:
         """Ask the instances of ``mask``."""

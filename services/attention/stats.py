@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.attention.batching import Limits
+from services.attention.exchange import Exchange
 from services.attention.pending import ExchangeStats
 from services.attention.ways import Row
-from shared.messages import AttentionFacts
+from shared.messages import AttentionFacts, WayFacts
 from shared.metrics import Buckets, Sample, sample
 
+MOST_WAYS = 32
+"""Lines of the cost table in a heartbeat, the newest."""
 NO_EXPERTS_GRACE_S = 5.0
 """Experts may be away for so long before new requests are refused: a restart of one of them takes seconds."""
 
@@ -50,9 +53,7 @@ class EngineStats:
         return self.unready_since is not None and now - self.unready_since > NO_EXPERTS_GRACE_S
 
 
-def facts(
-    stats: EngineStats, limits: Limits, now: float, monolith: bool = False, address: bytes = b""
-) -> AttentionFacts:
+def facts(stats: EngineStats, limits: Limits, now: float, exchange: Exchange, monolith: bool = False) -> AttentionFacts:
     """The heartbeat's part about this instance."""
     return AttentionFacts(
         max_model_len=limits.max_model_len,
@@ -66,8 +67,16 @@ def facts(
         kv_blocks_used=stats.kv_blocks_used,
         stalled=stats.stalled or stats.without_experts(now),
         monolith=monolith,
-        address=address,
+        address=exchange.address,
+        ways=tuple(way_facts(row) for row in exchange.ways()[-MOST_WAYS:]),
     )
+
+
+def way_facts(row: Row) -> WayFacts:
+    return WayFacts(
+        rows=row.rows, members=row.members, way=str(row.way), predicted_s=row.predicted, measured_s=row.measured,
+        chosen=row.chosen,
+    )  # fmt: skip
 
 
 def samples(stats: EngineStats, limits: Limits, step_seconds: Buckets, refused: Mapping[str, int]) -> Iterator[Sample]:

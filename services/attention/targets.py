@@ -97,9 +97,12 @@ class Targets:
         trusted = sum(bit for i, bit in self._bits.items() if i not in self._suspected and i not in self._lost)
         return self._table.size > 0 and covers(trusted, self._table)
 
-    def asked(self, layer: int) -> int:
-        """Mask of the live instances that have any home in ``layer``; 0 when they do not cover its experts."""
-        return self.live & self._masks.get(layer, 0)
+    def asked(self, layer: int, live: int | None = None) -> int:
+        """Mask of the live instances that have any home in ``layer``; 0 when they do not cover its experts.
+
+        live: what takes part, when another instance has decided it.
+        """
+        return (self.live if live is None else live) & self._masks.get(layer, 0)
 
     def bit(self, incarnation: int) -> int:
         """The bit of an instance, 0 when it is unknown or not in the placement."""

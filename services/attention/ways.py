@@ -80,6 +80,7 @@ class Shape(NamedTuple):
     """Of all members."""
     members: int
     nodes: tuple[Node, ...]
+    """None while no expert instance is live."""
     hidden: int
     top_k: int
     inside: Link = NEAR
@@ -126,7 +127,7 @@ def _one_phase(way: Way, shape: Shape) -> float:
         rows = _needed(way, shape, 1)
         there += node.link.sends(node.instances, node.instances * rows * 4 * shape.hidden)
         back += node.link.sends(0, _parts_bytes(shape, node.instances))
-    occupied = max(node.link.occupancy for node in shape.nodes) * shape.members
+    occupied = max((node.link.occupancy for node in shape.nodes), default=0.0) * shape.members
     received = shape.inside.occupancy * sum(node.instances for node in shape.nodes)
     return there + back + occupied + received + 2 * _latency(shape) + _gating(way)
 
@@ -145,7 +146,7 @@ def _from_leader(way: Way, shape: Shape) -> float:
             inner = shape.inside.sends(node.instances - 1, (node.instances - 1) * rows * 4 * shape.hidden)
             merging = shape.inside.sends(node.instances - 1, _parts_bytes(shape, node.instances))
             passing = max(passing, inner + merging + 2 * shape.inside.latency)
-    occupied = max(node.link.occupancy for node in shape.nodes) + shape.inside.occupancy * messages
+    occupied = max((node.link.occupancy for node in shape.nodes), default=0.0) + shape.inside.occupancy * messages
     return there + back + passing + occupied + 2 * _latency(shape) + _gating(way)
 
 
@@ -156,7 +157,7 @@ def _parts_bytes(shape: Shape, instances: int) -> float:
 
 
 def _latency(shape: Shape) -> float:
-    return max(node.link.latency for node in shape.nodes)
+    return max((node.link.latency for node in shape.nodes), default=0.0)
 
 
 def _gating(way: Way) -> float:
@@ -175,6 +176,9 @@ WINS = 0.97
 DRIFT = 1.5
 """Another trial when times have left those of the last one by this factor, either way."""
 SMOOTH = 0.1
+OUTLIER = 4.0
+"""Times longer than so many of the last trial's count as that: one hiccup starts no trial."""
+MOST_SIZES = 256
 
 
 @dataclass
@@ -186,8 +190,10 @@ class _Size:
     times: dict[Way, list[float]] = field(default_factory=dict)
     decided: dict[Way, float] = field(default_factory=dict)
     """Medians of the last trial."""
-    recent: float | None = None
+    recent: float = 0.0
     steps: int = 0
+    used: int = 0
+    """When it was chosen for last: a count of choices."""
 
     @property
     def in_trial(self) -> bool:
@@ -221,6 +227,7 @@ class Ways:
     def __init__(self, phase: Phase | None = None, gate: Gate | None = None) -> None:
         self._phase, self._gate = phase, gate
         self._sizes: dict[Shape, _Size] = {}
+        self._choices = 0
 
     def forget(self) -> None:
         """Links have changed: all sizes are tried again."""
@@ -229,25 +236,34 @@ class Ways:
     def choose(self, shape: Shape) -> Way:
         """The way of the next step of such exchanges."""
         size = self._size(shape)
+        self._choices += 1
+        size.used = self._choices
         return size.turn() if size.in_trial else size.best
 
     def observe(self, shape: Shape, way: Way, seconds: float) -> None:
-        """A step went this way, and an exchange of it took so long."""
+        """A step went this way, and an exchange of it took so long, repeats included: what fails is slow."""
         size = self._size(shape)
+        if way not in size.candidates:  # whoever formed the group chose it by another table
+            return
         if size.in_trial:
-            size.times.setdefault(way, []).append(seconds)
+            times = size.times.setdefault(way, [])
+            if len(times) < ROUNDS:
+                times.append(seconds)
             if all(len(size.times.get(way, ())) >= ROUNDS for way in size.candidates):
                 self._decide(size)
             return
         size.steps += 1
         if way == size.best and size.decided:
-            size.recent = seconds if size.recent is None else size.recent + SMOOTH * (seconds - size.recent)
-            if not 1 / DRIFT < size.recent / size.decided[way] < DRIFT:
+            usual = size.decided[way]
+            size.recent += SMOOTH * (min(seconds, OUTLIER * usual) - size.recent)
+            if not usual / DRIFT < size.recent < usual * DRIFT:
                 size.steps = max(size.steps, UNDISTURBED)
 
     def table(self) -> list[Row]:
-        """For a person and for metrics; sizes in the order in which they came up."""
-        return [row for shape, size in list(self._sizes.items()) for row in self._rows(shape, size)]
+        """For a person and for metrics; of shapes that differ in their nodes alone, the one that was used last."""
+        by_use = sorted(self._sizes.items(), key=lambda item: item[1].used)
+        latest = {(shape.rows, shape.members): (shape, size) for shape, size in by_use}
+        return [row for key in sorted(latest) for row in self._rows(*latest[key])]
 
     def _rows(self, shape: Shape, size: _Size) -> Iterable[Row]:
         for way in size.candidates:
@@ -259,6 +275,8 @@ class Ways:
         if key not in self._sizes:
             candidates = self._promising(key)
             self._sizes[key] = _Size(candidates, candidates[0])
+            if len(self._sizes) > MOST_SIZES:
+                del self._sizes[next(iter(self._sizes))]
         return self._sizes[key]
 
     def _promising(self, shape: Shape) -> list[Way]:
@@ -274,7 +292,7 @@ class Ways:
         best = min(size.decided, key=lambda way: size.decided[way])
         if best != size.best and size.decided[best] < WINS * size.decided[size.best]:
             size.best = best
-        size.times, size.recent, size.steps = {}, None, UNDISTURBED - TRIAL_EVERY
+        size.times, size.recent, size.steps = {}, size.decided[size.best], UNDISTURBED - TRIAL_EVERY
 
 
 def link_of(

@@ -11,12 +11,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from services.experts.compute import answer, plan_parts
+from services.experts.compute import answer, answer_routed, plan_parts
 from services.experts.server import ExpertServer, Record, ServerLimits
 from services.experts.store import ExpertStore
 from shared.activation import PARTS, Choice
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig
+from shared.exchange_frames import Routes
 from shared.keep_awake import KeepAwake
 from shared.kernels.base import select_kernels
 from shared.models.moe import MoeLayer
@@ -87,4 +88,8 @@ def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch
         layer.load(set(plan.parts.experts.tolist()))  # these only: an expert may have to be unpacked or copied
         parts = len(plan.weights)
         room = np.empty(parts * PARTS.itemsize, np.uint8), torch.empty(parts, spec.hidden, device=device)
-        answer(layer, x, everywhere, *room, np.zeros((2, spec.router.experts), np.int64))
+        counts = np.zeros((2, spec.router.experts), np.int64)
+        answer(layer, x, everywhere, *room, counts)
+        weights, ids = (tensor.numpy(force=True).copy() for tensor in layer.gate(x))
+        routes = Routes(np.arange(rows, dtype=np.int32), ids, np.zeros_like(ids), weights)
+        answer_routed(layer, x, routes, everywhere.homes, 0, *room, counts)

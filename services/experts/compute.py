@@ -59,7 +59,7 @@ def answer_routed(
 
     Raises NoLiveHome when an expert has no home here, BadFrame when an id is none of an expert.
     """
-    if len(rows) and (routes.ids.min() < 0 or routes.ids.max() >= len(homes)):
+    if routes.ids.size and (routes.ids.min() < 0 or routes.ids.max() >= len(homes)):
         raise BadFrame(f"expert ids must be in 0..{len(homes) - 1}")
     parts = own_parts(routes.ids, routes.replicas, routes.weights, instance)
     strangers = parts.experts[homes[parts.experts] >> np.uint64(instance) & np.uint64(1) == 0]

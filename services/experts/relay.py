@@ -1,7 +1,7 @@
 """Two-phase exchanges, case 2: one instance per node gets the rows, passes them on inside and merges the replies.
 
-The relay asks the others as an attention instance would. A reply that does not come is not waited for here: the
-sender's deadline passes, and its repeat goes to every instance directly.
+The relay asks the others as an attention instance would. A refusal of one of them is the relay's own; a reply that does
+not come is not waited for here: the sender's deadline passes. Its repeat goes to every instance directly.
 """
 
 from collections import OrderedDict
@@ -15,9 +15,11 @@ import torch
 from shared.activation import PARTS
 from shared.errors import TransportError
 from shared.exchange_frames import MASK_BYTES, SEGMENT, Flag, write_segments
-from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Outgoing, Peer, Transport
+from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Outgoing, Peer, Refusal, Transport
 
-MOST_OPEN = 64
+MOST_OPEN = 32
+MICRO_BATCHES = 2
+"""Most exchanges that one sender has open at a time."""
 
 
 class Neighbour(NamedTuple):
@@ -77,6 +79,7 @@ class Relay:
         """
         self._sequence += 1
         header, meta = incoming.header, incoming.meta[MASK_BYTES:]
+        self._forget_old(header)
         frame = self._transport.outgoing(len(meta), header.rows, header.columns, DTYPES[header.dtype])
         frame.meta[:] = meta
         frame.rows.copy_(incoming.rows)
@@ -89,8 +92,16 @@ class Relay:
         merged = self._transport.outgoing(most * PARTS.itemsize + spare, most, columns, torch.float32)
         missing = {self._peers[name][0].incarnation: bit for name, bit in others.items()}
         relayed = self._open[self._sequence] = Relayed(self._sequence, header, peer, merged, missing)
-        self._forget_oldest()
         return relayed
+
+    def drop(self, relayed: Relayed) -> None:
+        """There will be no reply to it."""
+        self._open.pop(relayed.number, None)
+
+    def forget(self, sender: int) -> None:
+        """Who asked is gone."""
+        for number in [number for number, relayed in self._open.items() if relayed.asked.sender == sender]:
+            del self._open[number]
 
     def add_own(self, relayed: Relayed, bit: int, parts: int, digest: int) -> None:
         """What this instance has computed; its parts lie at the beginning of ``relayed.frame`` already."""
@@ -106,9 +117,11 @@ class Relay:
         if relayed is None or bit is None:
             return "late"
         end = relayed.parts + header.rows
-        odd = header.kind != FrameKind.COMBINE or header.digest != relayed.digest
-        if odd or end > len(relayed.frame.rows) or header.meta_bytes < header.rows * PARTS.itemsize:
-            del self._open[header.sequence]  # whoever asked will ask again, directly
+        odd = header.kind != FrameKind.COMBINE or header.digest != relayed.digest or bool(header.flags)
+        room = end <= len(relayed.frame.rows) and header.columns == relayed.frame.rows.shape[1]
+        if odd or not room or header.meta_bytes < header.rows * PARTS.itemsize:
+            del self._open[header.sequence]
+            self._refuse(relayed)
             return "not merged"
         rows, parts = slice(relayed.parts, end), slice(relayed.parts * PARTS.itemsize, end * PARTS.itemsize)
         relayed.frame.rows[rows] = incoming.rows
@@ -125,19 +138,37 @@ class Relay:
         self._open.pop(relayed.number, None)
         write_segments(relayed.frame.meta, relayed.segments)
         relayed.frame.keep(relayed.parts)
-        asked, flags = relayed.asked, len(relayed.segments)
-        header = Header(
-            FrameKind.COMBINE, self._mesh, self._incarnation, asked.sequence, asked.attempt, asked.epoch, asked.group,
-            asked.placement, asked.live, asked.layer, flags=flags, digest=relayed.digest,
-            trace_id=asked.trace_id, span_id=asked.span_id,
-        )  # fmt: skip
+        header = self._reply(FrameKind.COMBINE, relayed.asked)
+        header.flags, header.digest = len(relayed.segments), relayed.digest
         self._transport.send([relayed.peer], header, relayed.frame)
 
-    def _forget_oldest(self) -> None:
-        while len(self._open) > MOST_OPEN:
-            _, relayed = self._open.popitem(last=False)
-            lost = [peer for known, peer in self._peers.values() if known.incarnation in relayed.missing]
-            self._hello(lost)
+    def _refuse(self, relayed: Relayed) -> None:
+        """Whoever asked had better ask again, each instance directly."""
+        meta = bytes([Refusal.NO_RELAY]) + b"an instance of this node did not answer as it should"
+        frame = self._transport.outgoing(len(meta), 0, 0, DTYPES[0])
+        frame.meta[:] = memoryview(meta)
+        self._transport.send([relayed.peer], self._reply(FrameKind.REFUSAL, relayed.asked), frame)
+
+    def _reply(self, kind: FrameKind, asked: Header) -> Header:
+        return Header(
+            kind, self._mesh, self._incarnation, asked.sequence, asked.attempt, asked.epoch, asked.group,
+            asked.placement, asked.live, asked.layer, trace_id=asked.trace_id, span_id=asked.span_id,
+        )  # fmt: skip
+
+    def _forget_old(self, header: Header) -> None:
+        """Make room for an exchange: its sender has given up all but the last ones before it.
+
+        Who did not answer may have forgotten where to: tell them.
+        """
+        old = [
+            number for number, relayed in self._open.items()
+            if relayed.asked.sender == header.sender and abs(header.sequence - relayed.asked.sequence) >= MICRO_BATCHES
+        ]  # fmt: skip
+        if not old and len(self._open) >= MOST_OPEN:
+            old = [next(iter(self._open))]
+        for number in old:
+            relayed = self._open.pop(number)
+            self._hello([peer for known, peer in self._peers.values() if known.incarnation in relayed.missing])
 
     def _hello(self, peers: list[Peer]) -> None:
         address = self._transport.address

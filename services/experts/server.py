@@ -178,6 +178,9 @@ class ExpertServer:
     def _detach(self, gone: frozenset[int]) -> None:
         for incarnation in gone & self._peers.keys():
             self._transport.disconnect(self._peers.pop(incarnation)[1])
+        for incarnation in gone:
+            self._assemblies.forget(incarnation)
+            self._relay.forget(incarnation)
 
     # ---- the loop ---------------------------------------------------------------------------------------
 
@@ -267,6 +270,8 @@ class ExpertServer:
         placement = self._placements.get(header.placement)
         if placement is None or header.layer not in placement.homes:
             raise Refused(Refusal.UNKNOWN_PLACEMENT, f"placement {header.placement} is not loaded here")
+        if placement.instance < 0 and (header.kind == FrameKind.ROUTED or header.flags):
+            raise Refused(Refusal.NO_HOME, f"placement {header.placement} has no homes here")
         return placement
 
     def _serve(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
@@ -293,16 +298,16 @@ class ExpertServer:
         count, digest = self._compute(header, assembly.rows, meta[:0], placement, meta, rows)
         parts = meta.view(PARTS)[:count]
         for sender, asked in assembly.asked.items():
-            first = assembly.firsts[sender]
+            known, first = self._peers.get(sender), assembly.firsts[sender]
+            if known is None:
+                continue
             theirs = np.flatnonzero((parts["token"] >= first) & (parts["token"] < first + asked.rows))
             frame = self._transport.outgoing(len(theirs) * PARTS.itemsize, len(theirs), rows.shape[1], rows.dtype)
             own = frame.meta.view(PARTS)
             own[:] = parts[theirs]
             own["token"] -= first
             torch.index_select(rows, 0, torch.from_numpy(theirs).to(rows.device), out=frame.rows)
-            known = self._peers.get(sender)
-            if known:
-                self._send(known[1], asked, frame, len(theirs), digest)
+            self._send(known[1], asked, frame, len(theirs), digest)
         self._end(begun, header, count)
 
     def _answer_node(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
@@ -317,7 +322,11 @@ class ExpertServer:
         relayed = self._relay.forward(incoming, others, (most, self._limits.hidden), peer)
         meta = relayed.frame.meta[: most * PARTS.itemsize]
         routes = incoming.meta[MASK_BYTES:]
-        parts, digest = self._compute(header, incoming.rows, routes, placement, meta, relayed.frame.rows)
+        try:
+            parts, digest = self._compute(header, incoming.rows, routes, placement, meta, relayed.frame.rows)
+        except MoemeshError:
+            self._relay.drop(relayed)
+            raise
         self._relay.add_own(relayed, placement.instance, parts, digest)
         self._end(begun, header, parts)
 

@@ -13,6 +13,7 @@ from shared.cli.models import models_app
 from shared.cli.rebalance import rebalance
 from shared.cli.serve import service_app
 from shared.cli.status import status
+from shared.cli.trace import trace_app
 from shared.cli.up import demo, up
 from shared.errors import ConfigError, MoemeshError
 
@@ -33,6 +34,7 @@ def build_app() -> typer.Typer:
         app.command()(command)
     app.add_typer(service_app(), name="serve")
     app.add_typer(models_app(), name="models")
+    app.add_typer(trace_app(), name="trace")
     return app
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -93,7 +94,7 @@ def describe_member(member: Member) -> dict[str, Any]:
     beat = member.heartbeat
     facts: dict[str, Any] = {}
     if beat.attention:
-        facts = beat.attention.model_dump()
+        facts = beat.attention.model_dump(exclude={"address"})
     elif beat.experts:
         facts = beat.experts.model_dump(exclude={"address"})
     elif beat.placement:
@@ -126,6 +127,24 @@ def print_report(report: dict[str, Any], out: Console) -> None:
     for row in report["instances"]:
         table.add_row(row["id"], row["state"], row["node"][:12], device(row), serves(row, placement), row["url"])
     out.print(table)
+    for row in report["instances"]:
+        for line in ways(row["facts"].get("ways", ())):
+            out.print(f"{row['id']}: {line}")
+
+
+def ways(table: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The cost table of one attention instance, one line per size of exchange: the chosen way first."""
+    sizes: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in table:
+        sizes.setdefault((row["members"], row["rows"]), []).append(row)
+    for (members, rows), found in sorted(sizes.items()):
+        tried = ", ".join(_way(row) for row in sorted(found, key=lambda row: not row["chosen"]))
+        yield f"exchanges of up to {rows} rows of {members} instances: {tried}"
+
+
+def _way(row: dict[str, Any]) -> str:
+    measured = f"{row['measured_s'] * 1e3:.2f} ms" if row["measured_s"] is not None else "not tried"
+    return f"{row['way']} {measured} (links alone {row['predicted_s'] * 1e3:.2f} ms)"
 
 
 def print_change(change: dict[str, Any] | None, out: Console) -> None:

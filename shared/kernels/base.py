@@ -187,12 +187,15 @@ class Kernels(Protocol):
         """
         ...
 
-    def gather(self, out: Tensor, replies: NDArray[np.int64], top_k: int, homes: NDArray[np.uint64]) -> int | None:
+    def gather(
+        self, out: Tensor, replies: NDArray[np.int64], homes: NDArray[np.uint64], chosen: NDArray[np.uint32]
+    ) -> int | None:
         """Check and arrange the parts of all replies to an exchange, then ``combine`` them, as one call.
 
         Args:
             replies: [n, 4], of each the bit of its sender, the addresses of its PARTS and of its rows, their number.
             homes: [experts].
+            chosen: [T, k], gets the experts of every row in ascending order; of use only when the result is 0.
 
         Returns:
             A number of shared.activation.PROBLEMS, 0 when ``out`` has the sum; None where it brings nothing: nothing

@@ -142,7 +142,7 @@ class CpuKernels(RowKernels):
         answering = self.answering(partial(self.route, x, weight, RouterSpec(experts=16, top_k=1)), x, table, "silu")
         homes, counts, meta = np.ones(16, np.uint64), np.zeros((2, 16), np.int64), np.zeros(24, np.uint8)
         answering(torch.zeros(2, 16), Choice(homes, 1, 0), meta, torch.empty(2, 16), counts)
-        self.gather(x, np.zeros((0, 4), np.int64), 1, homes)
+        self.gather(x, np.zeros((0, 4), np.int64), homes, np.empty((2, 1), np.uint32))
         self.combine(x, [heads.view(2, 16)], positions.view(2, 1), positions.view(2, 1), pair)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -302,10 +302,11 @@ class CpuKernels(RowKernels):
             self._tape = None
         return Answer(tape, room, routed, table, out)
 
-    def gather(self, out: Tensor, replies: np.ndarray, top_k: int, homes: np.ndarray) -> int:
+    def gather(self, out: Tensor, replies: np.ndarray, homes: np.ndarray, chosen: np.ndarray) -> int:
         """See ``Kernels``."""
         self._output(out, out.shape)
-        return gather(out.data_ptr(), *out.shape, top_k, replies, homes)
+        expect(len(chosen) == len(out), "chosen experts of {} rows", len(out))
+        return gather(out.data_ptr(), *out.shape, replies, homes, chosen)
 
     def _tiled(self, kind: int) -> bool:
         return self.tiles and kind == KIND_BF16

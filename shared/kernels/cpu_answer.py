@@ -101,9 +101,10 @@ def answer(calls, gates, first, room, size, weights, ids, rows, k, x, homes, liv
 
 
 @kernel
-def gather(out, rows, depth, k, replies, homes):
+def gather(out, rows, depth, replies, homes, experts):
     """See ``Kernels.gather``; returns a number of shared.activation.PROBLEMS."""
-    counts, experts = np.zeros(rows, np.int32), np.empty((rows, k), np.uint32)
+    k = experts.shape[1]
+    counts = np.zeros(rows, np.int32)
     source, index = np.empty((rows, k), np.int32), np.empty((rows, k), np.int32)
     weights, parts = np.empty((rows, k), np.float32), 0
     for i in range(len(replies)):

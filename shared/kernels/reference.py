@@ -73,7 +73,9 @@ class ReferenceKernels:
     ) -> None:
         """The steps one by one are fast enough where the device does not wait for the interpreter."""
 
-    def gather(self, out: Tensor, replies: NDArray[np.int64], top_k: int, homes: NDArray[np.uint64]) -> None:
+    def gather(
+        self, out: Tensor, replies: NDArray[np.int64], homes: NDArray[np.uint64], chosen: NDArray[np.uint32]
+    ) -> None:
         """Likewise."""
 
     def take(self, table: Tensor, ids: Tensor, out: Tensor) -> Tensor:

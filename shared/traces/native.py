@@ -52,7 +52,18 @@ class Header:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype("u1" if self.experts <= 256 else "<u2")
+        return id_dtype(self.experts)
+
+
+def id_dtype(experts: int) -> np.dtype:
+    """How the ids of so many experts are stored."""
+    return np.dtype("u1" if experts <= 256 else "<u2")
+
+
+def encode_record(dtype: np.dtype, layer: int, step: int, ids: NDArray[np.integer]) -> bytes:
+    """The record of one exchange with ids [rows, k]."""
+    body = _RECORD.pack(0, layer, ids.shape[1], ids.shape[0], step)[_LENGTH.size :] + ids.astype(dtype).tobytes()
+    return _LENGTH.pack(zlib.crc32(body)) + body
 
 
 class TraceWriter:
@@ -72,9 +83,7 @@ class TraceWriter:
             problem = f"layer {layer} is not in the header"
         if problem:
             raise ValueError(problem)
-        fields = _RECORD.pack(0, layer, ids.shape[1], ids.shape[0], step)[4:]
-        body = fields + ids.astype(self._header.dtype).tobytes()
-        self._file.write(_LENGTH.pack(zlib.crc32(body)) + body)
+        self._file.write(encode_record(self._header.dtype, layer, step, ids))
 
     def flush(self) -> None:
         self._file.flush()
@@ -104,10 +113,19 @@ def read_header(path: Path) -> Header:
 def read_native(path: Path) -> Iterator[Exchange]:
     """The exchanges of a file, one after the other. Raises BadTrace at the first record that is not whole."""
     with path.open("rb") as file:
-        header, number = _header(path, file), 0
-        while fields := file.read(_RECORD.size):
-            number += 1
-            yield _record(path, f"record {number}", header, fields, file)
+        header = _header(path, file)
+        yield from read_records(path, header, file, os.fstat(file.fileno()).st_size)
+
+
+def read_records(path: Path, header: Header, file: BinaryIO, end: int) -> Iterator[Exchange]:
+    """The exchanges from here to the end of a file of so many bytes, or of what was sent instead of written.
+
+    Raises BadTrace with the number of the record, counted from here.
+    """
+    number = 0
+    while fields := file.read(_RECORD.size):
+        number += 1
+        yield _record(path, f"record {number}", header, fields, file, end)
 
 
 def _header(path: Path, file: BinaryIO) -> Header:
@@ -127,12 +145,12 @@ def _header(path: Path, file: BinaryIO) -> Header:
         raise BadTrace(path, "header", f"truncated or damaged ({error})") from error
 
 
-def _record(path: Path, where: str, header: Header, fields: bytes, file: BinaryIO) -> Exchange:
+def _record(path: Path, where: str, header: Header, fields: bytes, file: BinaryIO, end: int) -> Exchange:
     if len(fields) < _RECORD.size:
         raise BadTrace(path, where, "the file is cut off")
     crc, layer, k, rows, step = _RECORD.unpack(fields)
     size = rows * k * header.dtype.itemsize
-    if size > os.fstat(file.fileno()).st_size - file.tell():
+    if size > end - file.tell():
         raise BadTrace(path, where, "the file is cut off")
     data = file.read(size)
     if zlib.crc32(fields[_LENGTH.size :] + data) != crc:

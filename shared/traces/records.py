@@ -4,7 +4,7 @@ Reading and writing files is elsewhere (native.py, foreign.py); `open_trace` of 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from shared.errors import MoemeshError
 DOMINANT_SHARE, DOMINANT_RATIO, DOMINANT_ROWS = 0.1, 4, 50
 """Rows that all chose the same experts are taken for warm-up passes with dummy tokens when they are that share of a
 layer, that many times the next most frequent ones, and at least that many."""
+
+RowCounts = Counter[tuple[int, ...]]
+"""How often rows chose the same set of experts, ascending."""
 
 
 class BadTrace(MoemeshError):
@@ -55,9 +58,19 @@ def check_ids(ids: NDArray[np.integer], experts: int | None = None) -> str:
 
 def dominant_row(exchanges: Iterable[Exchange]) -> str:
     """A warning when identical rows make up much of a layer, empty otherwise: such a trace shows no real routing."""
-    counts: dict[int, Counter[tuple[int, ...]]] = {}
+    counts: dict[int, RowCounts] = {}
     for exchange in exchanges:
-        counts.setdefault(exchange.layer, Counter()).update(map(tuple, np.sort(exchange.ids, axis=1).tolist()))
+        count_rows(exchange, counts.setdefault(exchange.layer, Counter()))
+    return dominant_of(counts)
+
+
+def count_rows(exchange: Exchange, counts: RowCounts) -> None:
+    """Add the rows of an exchange to those of its layer."""
+    counts.update(map(tuple, np.sort(exchange.ids, axis=1).tolist()))
+
+
+def dominant_of(counts: Mapping[int, RowCounts]) -> str:
+    """The warning of ``dominant_row``, from the rows of every layer."""
     for layer, rows in sorted(counts.items()):
         (row, times), (_, next_times) = [*rows.most_common(2), ((), 0), ((), 0)][:2]
         if times >= max(DOMINANT_ROWS, DOMINANT_SHARE * rows.total(), DOMINANT_RATIO * next_times):

@@ -91,10 +91,14 @@ class PacedTransport:
         now = self._clock()
         age = (int(now * 1e6) - frame.header.sent) % 2**32 * 1e-6
         sent = now - age if frame.header.sent and age < OLDEST_S else now
-        due = sent + link_seconds(self._profile, frame.header.frame_bytes)
+        due = sent + self.delay(frame)
         before = (at for at, _, other in self._held if other.header.sender == frame.header.sender)
         self._number += 1
         heapq.heappush(self._held, (max([due, *before]), self._number, frame))
+
+    def delay(self, frame: Incoming) -> float:
+        """Seconds from the moment it was sent until it may be seen."""
+        return link_seconds(self._profile, frame.header.frame_bytes)
 
     def wake(self) -> None:
         self._woken = True

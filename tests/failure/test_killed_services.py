@@ -2,15 +2,13 @@
 
 import asyncio
 import concurrent.futures
-import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from shared.cli.client import ApiError, stream_completion
-from shared.cli.status import look
 from tests.mesh import RunningMesh, running_mesh
 
 BODY = {"prompt": "In the beginning God created", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
@@ -90,22 +88,9 @@ def test_killing_attention_under_streams_leaves_no_client_waiting(mesh: RunningM
     serves_again(mesh, expected)
 
 
-def metrics_of(mesh: RunningMesh, name: str) -> Callable[[str], float]:
-    """Reads a metric of an instance now; 0 for one that is not there yet."""
-    members, _ = mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh))
-    url = next(m.heartbeat.url for m in members if m.id == name)
-
-    def read(metric: str) -> float:
-        text = httpx.get(url + "/metrics", timeout=30).text
-        found = re.search(rf"^{re.escape(metric)} (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
-
-    return read
-
-
 def test_killing_the_gateway_ends_its_streams_and_frees_their_blocks(mesh: RunningMesh, expected: str) -> None:
     """The dead gateway's clients hear of it at once, its requests are dropped, and it comes back on the same port."""
-    read = metrics_of(mesh, "attention-0")
+    read = mesh.metrics_of("attention-0")
     dropped = 'moemesh_requests_total{outcome="cancelled"}'
     before = read(dropped)
     body = BODY | {"max_tokens": 1900}

@@ -21,8 +21,9 @@ from services.attention.kv_cache import BlockPool
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.sequence import Sequence
 from services.attention.step import ModelRunner
-from shared.activation import longest_frame, mesh_hash
+from shared.activation import mesh_hash
 from shared.cli.status import look
+from shared.exchange_frames import longest_frame
 from shared.kernels.base import select_kernels
 from shared.messages import SamplingParams, Submit
 from shared.models.decoder import Decoder

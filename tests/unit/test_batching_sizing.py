@@ -7,9 +7,10 @@ import pytest
 
 from services.attention.parts import ASSEMBLY_S, MAX_ASSEMBLIES, PartBuffer
 from services.attention.sizing import plan_limits
-from shared.activation import longest_frame
+from shared.activation import PARTS
 from shared.config import AttentionConfig
 from shared.errors import ConfigError
+from shared.exchange_frames import MASK_BYTES, SEGMENT, Routes, longest_frame
 from shared.messages import Decision, SamplingParams, Submit
 from shared.models.spec import ModelSpec, RouterSpec
 from shared.transport.base import Header
@@ -51,9 +52,12 @@ def test_settings_that_cannot_work_are_refused_by_name(changes, setting, words):
     assert caught.value.setting == setting
 
 
-def test_the_longest_frame_has_room_for_every_part_of_every_row():
-    reply = Header(4, 0, 0, 0, rows=512 * 2, columns=8, meta_bytes=512 * 2 * 12)
-    assert longest_frame(512, SPEC.router.top_k, SPEC.hidden) == reply.frame_bytes
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_the_longest_frame_has_room_for_a_merged_reply_and_for_routed_rows(top_k):
+    meta = 512 * top_k * PARTS.itemsize + 64 * SEGMENT.itemsize
+    reply = Header(4, 0, 0, 0, rows=512 * top_k, columns=8, meta_bytes=meta)
+    routed = Header(5, 0, 0, 0, rows=512, columns=8, meta_bytes=MASK_BYTES + Routes.nbytes(512, top_k))
+    assert longest_frame(512, top_k, 8) == max(reply.frame_bytes, routed.frame_bytes)
 
 
 # ---- long prompts in parts ----------------------------------------------------------------------------------

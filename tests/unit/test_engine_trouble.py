@@ -277,7 +277,8 @@ def test_run_serves_other_threads_and_ends_when_told():
 
 def test_heartbeats_say_stalled_before_any_expert_was_seen_and_after_the_grace() -> None:
     limits = Limits(64, 1, 8, 1, 16, 4, 16)
-    assert facts(EngineStats(), limits, now=0.0).stalled
-    assert not facts(EngineStats(unready_since=None), limits, now=100.0).stalled
-    assert not facts(EngineStats(unready_since=10.0), limits, now=10.0 + NO_EXPERTS_GRACE_S).stalled
-    assert facts(EngineStats(unready_since=10.0), limits, now=10.1 + NO_EXPERTS_GRACE_S).stalled
+    nowhere = ToyEngine().exchange
+    assert facts(EngineStats(), limits, 0.0, nowhere).stalled
+    assert not facts(EngineStats(unready_since=None), limits, 100.0, nowhere).stalled
+    assert not facts(EngineStats(unready_since=10.0), limits, 10.0 + NO_EXPERTS_GRACE_S, nowhere).stalled
+    assert facts(EngineStats(unready_since=10.0), limits, 10.1 + NO_EXPERTS_GRACE_S, nowhere).stalled

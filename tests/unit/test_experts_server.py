@@ -211,8 +211,9 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(asker, code, words, 
         ("foreign", lambda a: a.send(FrameKind.DISPATCH, random_rows(1, 1), mesh=1)),
         ("foreign", lambda a: a.send(FrameKind.HELLO, meta=b"x", mesh=1)),
         ("bad_hello", lambda a: a.hello(b"no such address", sender=77)),
-        ("unexpected", lambda a: a.send(FrameKind.COMBINE, random_rows(1, 1))),
-        ("unexpected", lambda a: a.send(FrameKind.REFUSAL, meta=b"\1")),
+        ("late", lambda a: a.send(FrameKind.COMBINE, random_rows(1, 1))),
+        ("late", lambda a: a.send(FrameKind.REFUSAL, meta=b"\1")),
+        ("unexpected", lambda a: a.send(FrameKind.SUM, random_rows(1, 1))),
     ],
 )  # fmt: skip
 def test_what_deserves_no_answer_is_dropped_and_counted(asker, reason, send):

@@ -128,10 +128,13 @@ def test_what_comes_back_is_checked_and_added_as_step_by_step(cpu, seed, rows, s
     numbers = [
         (bit, meta.ctypes.data, r.data_ptr(), len(meta)) for (bit, _, r), meta in zip(given_replies, metas, strict=True)
     ]
-    code = cpu.gather(ours, np.array(numbers, np.int64), TOP_K, homes)
+    chosen = np.zeros((rows, TOP_K), np.uint32)
+    code = cpu.gather(ours, np.array(numbers, np.int64), homes, chosen)
     problem = arrangement.fill(rows, [(i, m.view(np.uint8)) for i, m in enumerate(metas)], homes)
     if not problem:
         cpu.combine(theirs, [r for *_, r in given_replies], *arrangement.tensors(x.device))
+        assert np.array_equal(chosen, arrangement.experts(rows))
+        assert (np.diff(chosen.astype(int), axis=1) > 0).all()
     assert PROBLEMS[code] == problem
     assert bool(problem) or damage in ("", "twice")
     assert torch.equal(ours, theirs)

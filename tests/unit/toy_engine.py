@@ -71,6 +71,17 @@ class ToyDecoder:
 
 
 class ToyExchange:
+    address = b""
+
+    def ways(self):
+        return ()
+
+    def begin(self, rows):
+        return False
+
+    def end(self):
+        pass
+
     def __init__(self):
         self.failures = 0
         """How many dispatches from now on fail (at the last MoE layer: the cache has been written by then)."""

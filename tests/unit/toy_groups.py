@@ -1,7 +1,8 @@
 """Toy meshes of several nodes: attention instances in threads that run steps together, experts behind them."""
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ from services.attention.exchange import ExpertInstance, Neighbour, View
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.ways import Gate, Phase, Ways
 from services.experts.relay import Neighbour as ExpertNeighbour
+from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
 from shared.messages import Placement
 from shared.transport.memory import MemoryNetwork
@@ -51,10 +53,12 @@ class GroupMesh:
     nodes: Sequence[str]
     placement: Placement
 
-    def view(self, members: Sequence[int] | None = None) -> View:
+    def view(self, members: Sequence[int] | None = None, gone: Sequence[int] = ()) -> View:
+        """``members``: who is there; ``gone``: expert instances that are not. Heartbeats have just come."""
         facts = [
-            ExpertInstance(i.facts.id, i.facts.incarnation, i.facts.address, 0.0, node=node)
-            for i, node in zip(self.instances, self.nodes, strict=True)
+            ExpertInstance(i.facts.id, i.facts.incarnation, i.facts.address, time.monotonic(), node=node)
+            for number, (i, node) in enumerate(zip(self.instances, self.nodes, strict=True))
+            if number not in gone
         ]
         chosen = [m for n, m in enumerate(self.members) if members is None or n in members]
         neighbours = {m.name: m.neighbour for m in chosen}
@@ -69,7 +73,7 @@ class GroupMesh:
             try:
                 for step in range(count):
                     barrier.wait(60)
-                    run_step(self.members[number].exchange, rows[number], seed=100 * step + number)
+                    assert run_step(self.members[number].exchange, rows[number], seed=100 * step + number)
             except Exception as error:  # noqa: BLE001 - reported by the test's thread
                 failures[number] = error
                 barrier.abort()
@@ -87,8 +91,8 @@ class GroupMesh:
         return self.members[0].exchange._lockstep.formed
 
 
-def run_step(exchange: MeshExchange, rows: int, seed: int) -> None:
-    """All layers of one step give the local bytes."""
+def run_step(exchange: MeshExchange, rows: int, seed: int, between: Callable[[], None] = lambda: None) -> bool:
+    """All layers of one step give the local bytes; False: experts did not answer. ``between``: called after each."""
     exchange.begin(rows)
     try:
         for layer in LAYERS:
@@ -96,16 +100,22 @@ def run_step(exchange: MeshExchange, rows: int, seed: int) -> None:
             expected: Tensor = ToyLayer(layer).local(hidden, x)
             exchange.combine(exchange.dispatch(layer, hidden), x)
             assert x.numpy().tobytes() == expected.numpy().tobytes()
+            between()
+        return True
+    except ExchangeUnavailable:
+        exchange.abandon()
+        return False
     finally:
         exchange.end()
 
 
 @contextmanager
 def group_mesh(
-    attention: int, nodes: Sequence[str], phase: Phase | None = None, gate: Gate | None = None, **options: Any
-) -> Iterator[GroupMesh]:
+    attention: int, nodes: Sequence[str], phase: Phase | None = None, gate: Gate | None = None,
+    network: MemoryNetwork | None = None, **options: Any,
+) -> Iterator[GroupMesh]:  # fmt: skip
     """Every expert has a home on every instance; ``options`` go to the exchanges."""
-    network = MemoryNetwork()
+    network = network or MemoryNetwork()
     with ExitStack() as stack:
         instances = [start_instance(network, stack, f"e{i}", 100 + i) for i in range(len(nodes))]
         placement = make_placement([list(range(len(nodes)))] * EXPERTS, [i.facts.id for i in instances])
@@ -160,7 +170,7 @@ def _member(
 ) -> Member:
     transport = network.transport(max_frame_bytes=1 << 18, receive_slots=64)
     stack.callback(transport.close)
-    settings: dict[str, Any] = {"deadline": 2.0, "give_up": 20.0, "pause": 0.002, "group_wait": 0.1} | options
+    settings: dict[str, Any] = {"deadline": 10.0, "give_up": 30.0, "pause": 0.002, "group_wait": 0.1} | options
     exchange = MeshExchange(
         transport, cast(Kernels, ToyKernels()), hidden=HIDDEN, dtype=torch.float32, top_k=TOP_K, mesh=MESH,
         incarnation=900 + number, max_rows=MAX_ROWS, gates={layer: ToyLayer(layer) for layer in LAYERS},

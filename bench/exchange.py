@@ -1,0 +1,177 @@
+"""What does the way of an exchange cost, and does the adaptive choice find the best one?
+
+    sudo python bench/exchange.py [--networks A,B,C,D] [--rows 8,64,256] [--repeats 5] [--out FILE]
+
+Two attention nodes and two expert nodes of four instances each: processes in network namespaces that this script makes
+and removes. Links have tc's rate limits; the time that a message occupies its sender and its latency are added by the
+transport (nodes.py). Between nodes it is TCP, inside of one shared memory. A round trip is one exchange of a group's
+rows: the experts are tiny. Both groups work at the same time. Ways take turns; figures are medians of steps of six
+exchanges.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+from common import Bar, report
+from nodes import Network, Setup, SimulatedNode, nodes
+
+from shared.kernels.threads import thread_environment
+from shared.models.presets import make_checkpoint
+
+NETWORKS = {
+    "A": Network("A", 1, 100, 200),
+    "B": Network("B", 10, 10, 20),
+    "C": Network("C", 1, 10, 20),
+    "D": Network("D", 10, 100, 200),
+}
+NO_WAIT = Setup()
+ATTENTION_NODES = EXPERT_NODES = 2
+PER_NODE = 4
+FIXED = [f"{phase}/{gate}" for phase in ("one", "direct", "relay") for gate in ("experts", "attention")]
+LEARNING = 26
+"""Steps in which the adaptive choice has had its trials."""
+STEPS = 4
+
+
+class Child:
+    """A process in a namespace, spoken to by lines of JSON."""
+
+    def __init__(
+        self, kind: str, number: int, node: SimulatedNode, model: Path, network: Network, setup: Setup
+    ) -> None:
+        script = str(Path(__file__).with_name("exchange_node.py"))
+        environment = {"UCX_NET_DEVICES": "eth0", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment |= thread_environment(1, os.environ)
+        arguments = [
+            sys.executable,
+            script,
+            kind,
+            str(number),
+            node.name,
+            str(model),
+            json.dumps(asdict(network)),
+            json.dumps(asdict(setup)),
+        ]
+        self.process = subprocess.Popen(
+            [*node.enter, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=dict(os.environ) | environment,
+        )  # fmt: skip
+        self.kind = kind
+
+    def tell(self, message: Any) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process of the bench ended with status {self.process.wait(10)}")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def mesh(network: Network, model: Path, setup: Setup = NO_WAIT) -> Iterator[list[Child]]:
+    """The attention processes of a mesh on four nodes, ready for commands."""
+    with nodes(ATTENTION_NODES + EXPERT_NODES, network.gbit) as made:
+        places = [("attention", node) for node in made[:ATTENTION_NODES] for _ in range(PER_NODE)]
+        places += [("experts", node) for node in made[ATTENTION_NODES:] for _ in range(PER_NODE)]
+        children = [Child(kind, number, node, model, network, setup) for number, (kind, node) in enumerate(places)]
+        try:
+            everybody = [child.hear() for child in children]
+            for child in children:
+                child.tell(everybody)
+            attention = [child for child in children if child.kind == "attention"]
+            for child in attention * 2:  # the first time neighbours do not know each other yet
+                child.tell({"do": "meet"})
+                child.hear()
+            yield attention
+            for child in attention:
+                child.tell({"do": "stop"})
+        finally:
+            for child in children:
+                child.stop()
+
+
+def run(attention: list[Child], way: str, rows: int, steps: int) -> list[float]:
+    """Seconds per exchange of steps in which a whole group took part, as its members saw them."""
+    for child in attention:
+        child.tell({"do": "run", "way": way, "rows": rows // PER_NODE, "steps": steps})
+    answers = [child.hear() for child in attention]
+    if any(answer["repeats"] for answer in answers):
+        print("repeats:", [answer["repeats"] for answer in answers], flush=True)
+    return [seconds for answer in answers for seconds in answer["all"]]
+
+
+def cell(attention: list[Child], rows: int, repeats: int) -> dict[str, float]:
+    """Milliseconds per exchange by way."""
+    taken: dict[str, list[float]] = {way: [] for way in [*FIXED, "auto"]}
+    run(attention, "auto", rows, LEARNING)
+    for _ in range(repeats):
+        for way in taken:
+            taken[way] += run(attention, way, rows, STEPS)
+    return {way: round(median(values) * 1e3, 3) for way, values in taken.items() if values}
+
+
+def make_model(directory: Path) -> Path:
+    """One layer of bench-1b's width, with experts that cost next to nothing."""
+    model = directory / "model"
+    make_checkpoint("bench-1b", model, num_hidden_layers=1, moe_intermediate_size=64, vocab_size=512)
+    return model
+
+
+def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
+    bars = []
+    for row in rows:
+        ms = row["ms"]
+        if row["network"] == "A" and row["rows"] <= 64:
+            best = min(ms[way] for way in ("direct/experts", "relay/experts"))
+            bars.append(Bar(f"one-phase / two-phase, network A, {row['rows']} rows", ms["one/experts"] / best, 1.5))
+    ratios = [row["ms"]["auto"] / min(row["ms"][way] for way in FIXED) for row in rows]
+    bars.append(Bar(f"adaptive / best fixed, mean of {len(ratios)} cells", geometric_mean(ratios), 1.05, at_most=True))
+    bars.append(Bar("adaptive / best fixed, worst cell", max(ratios), 1.15, at_most=True))
+    return bars
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--networks", default="A,B,C,D")
+    p.add_argument("--rows", default="8,64,256", help="rows of a group's exchange")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--json", action="store_true", help="accepted for symmetry: the last line is always JSON")
+    args = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no namespaces behind
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="moemesh-exchange-") as scratch:
+        model = make_model(Path(scratch))
+        for name in args.networks.split(","):
+            with mesh(NETWORKS[name], model) as attention:
+                for count in map(int, args.rows.split(",")):
+                    rows.append({"network": name, "rows": count, "ms": cell(attention, count, args.repeats)})
+                    print(rows[-1], flush=True)
+    report("exchange", {"networks": {n: asdict(v) for n, v in NETWORKS.items()}, "cells": rows}, bars_of(rows))
+
+
+if __name__ == "__main__":
+    main()

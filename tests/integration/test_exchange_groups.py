@@ -1,0 +1,46 @@
+"""Two attention instances that run steps together, over real UCX: whichever way, the bits of one instance alone."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.mesh import RunningMesh, running_mesh
+
+FAR = {"experts-0": "far", "experts-1": "far"}
+GROUPS = 'moemesh_groups_total{outcome="formed"}'
+PROMPT = "In the beginning God created the heaven and the earth. "
+BODIES: list[dict[str, Any]] = [
+    {"prompt": PROMPT * (1 + i % 3), "max_tokens": 40 + 5 * i, "temperature": i % 2, "seed": i, "logprobs": 2}
+    for i in range(6)
+]
+
+
+def outputs(mesh: RunningMesh) -> list[Any]:
+    """Text, tokens and log-probabilities of all requests, which run at the same time."""
+    with ThreadPoolExecutor(len(BODIES)) as pool:
+        answers = list(pool.map(lambda body: mesh.complete(ignore_eos=True, **body), BODIES))
+    return [answer["choices"] for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[list[Any]]:
+    """What one instance gives that holds every expert itself."""
+    with running_mesh(attention=1, experts=0, mesh="groups-alone") as mesh:
+        yield outputs(mesh)
+
+
+@pytest.mark.parametrize(
+    ("phase", "gate", "nodes"),
+    [
+        ("one", "experts", {}), ("direct", "experts", {}), ("direct", "attention", {}), ("relay", "experts", FAR),
+        ("relay", "attention", FAR), ("auto", "auto", FAR),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "far" if value else "near",
+)  # fmt: skip
+def test_instances_in_a_group_give_the_bits_of_one_alone(alone, phase, gate, nodes):
+    settings = {"phase": phase, "gate": gate, "group_wait": "0.5"}
+    with running_mesh(nodes, attention=2, experts=2, mesh="groups", settings=settings) as mesh:
+        assert outputs(mesh) == alone
+        assert all(mesh.metrics_of(f"attention-{i}")(GROUPS) > 0 for i in range(2))
