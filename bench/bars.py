@@ -17,8 +17,8 @@ from rich.table import Table
 
 BENCH = Path(__file__).parent
 SCRIPTS = (
-    "decode.py", "limit.py", "groups.py", "ablation.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py", "idle.py",
-    "memory.py",
+    "decode.py", "limit.py", "groups.py", "ablation.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py",
+    "idle.py", "memory.py",
 )  # fmt: skip
 PURE = ("activation.py", "rebalance.py")
 """Those that need no model, or bring their own."""

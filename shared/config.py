@@ -87,6 +87,8 @@ class ExpertsConfig(MeshConfig):
 class SchedulerConfig(MeshConfig):
     homes: int = setting(0, "homes per expert; 0: every instance on CPU (weights are shared), one on GPU")
     lease_s: float = setting(5.0, "seconds after which another scheduler may take over")
+    prepare_deadline: float = setting(120.0, "seconds in which instances load a new placement, else it is aborted")
+    rebalance_s: float = setting(0.0, "seconds between looks for a better placement; 0: only by hand")
     policy: Policy = setting(Policy.ACTIVATED, "choice among homes: activated, tokens, random, first")  # noqa: RUF009
 
 

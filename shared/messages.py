@@ -6,7 +6,7 @@ Unknown fields are tolerated, so that versions can mix; new fields go last and h
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,9 +35,6 @@ class Message(BaseModel):
             return cls.model_validate(msgpack.unpackb(data, raw=False, strict_map_key=False))
         except (ValueError, TypeError, msgpack.UnpackException, ValidationError) as error:
             raise BadMessage(cls.__name__, str(error)) from error
-
-
-# ---- membership -------------------------------------------------------------------------------------------
 
 
 class Kind(StrEnum):
@@ -115,6 +112,18 @@ class ExpertFacts(Message):
     replicas: Count = 0
     cores: tuple[Count, ...] = ()
     """Those that its compute thread may use, on a CPU."""
+    slots: Count = 0
+    """Most replicas of all layers together; 0: no limit."""
+    refused: Count = 0
+    """Version that this instance cannot take; the heartbeat's ``detail`` says why. 0: none."""
+
+
+class ExpertCosts(Message):
+    """Bytes of a replica, bytes per second of loading, seconds per activated expert; measured, 0 before."""
+
+    replica_bytes: Count = 0
+    load_rate: Annotated[float, Field(ge=0)] = 0.0
+    expert_s: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Heartbeat(Message):
@@ -136,9 +145,12 @@ class Heartbeat(Message):
     attention: AttentionFacts | None = None
     experts: ExpertFacts | None = None
     placement: Count = 0
-    """Scheduler only: version of the placement in the key-value store."""
+    """Scheduler only: version of the committed placement."""
     paced: str = ""
     """Name of the device profile whose times this instance keeps instead of its own."""
+    serial: Count = 0
+    """Scheduler only: number of the stored PlacementRecord, so that the others read it."""
+    costs: ExpertCosts | None = None
 
 
 class Hello(Message):
@@ -147,14 +159,8 @@ class Hello(Message):
     id: str
 
 
-# ---- placement --------------------------------------------------------------------------------------------
-
-
 class Placement(Message):
-    """Homes of every logical expert, and the policy: all that replica choice depends on, beside live instances.
-
-    Bit i of a mask stands for ``instances[i]``. Stored under one key, by compare-and-set.
-    """
+    """Homes of every logical expert, and the policy: all that replica choice depends on, beside live instances."""
 
     version: Annotated[int, Field(ge=1)]
     epoch: U64
@@ -167,7 +173,7 @@ class Placement(Message):
     moe_layers: tuple[int, ...]
     experts: Count
     homes: bytes
-    """uint64 little-endian [len(moe_layers), experts]: mask of the instances where the expert may run."""
+    """uint64 little-endian [len(moe_layers), experts]: bit i is set where the expert may run on ``instances[i]``."""
     policy: Policy = Policy.ACTIVATED
     """How one of them is chosen."""
 
@@ -189,9 +195,6 @@ class Activated(Message):
     """Tokens in all of them."""
     masks: bytes
     """uint64 little-endian [exchanges, words of 64 experts], oldest first; bit e % 64 of word e // 64: expert e."""
-
-
-# ---- requests ---------------------------------------------------------------------------------------------
 
 
 class SamplingParams(Message):
@@ -248,6 +251,7 @@ RefusalCode = Literal[
     "invalid",  # the request can never succeed
     "unknown",  # no such request here
     "deadline",  # the request's deadline passed
+    "not_now",  # the mesh is not in a state to do this; the message says why
     "internal",  # a defect on our side, logged there
 ]
 
@@ -323,9 +327,6 @@ class Cancel(Message):
     request_id: str
 
 
-# ---- subjects and buckets ---------------------------------------------------------------------------------
-
-
 class Subjects:
     """Names on NATS for one mesh; the mesh name keeps several meshes apart on one server."""
 
@@ -358,10 +359,9 @@ class Subjects:
         """Which experts exchanges activate."""
         return f"{self.prefix}.activated"
 
+    def scheduler(self, verb: Literal["rebalance", "outcome"]) -> str:
+        """Answered by the leading scheduler only."""
+        return f"{self.prefix}.scheduler.{verb}"
+
     def tokens(self, gateway: str) -> str:
         return f"{self.prefix}.gateway.{gateway}.tokens"
-
-
-def json_ready(message: Message) -> dict[str, Any]:
-    """The message as plain JSON values (bytes as their length), for ``--json`` output."""
-    return {k: (len(v) if isinstance(v, bytes) else v) for k, v in message.model_dump(mode="python").items()}

@@ -52,6 +52,8 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "expert_bytes": ("gauge", "Bytes of their weights, of which the CPU maps most and shares them between instances."),
     "placement_version": ("gauge", "Version of the placement in use."),
     "placements_written": ("counter", "Versions of the placement that this scheduler has written."),
+    "placements_aborted": ("counter", "Versions that this scheduler has begun and given up."),
+    "placement_phase": ("gauge", "1 for what is under way with the placement, by phase."),
     "leader": ("gauge", "1 while this scheduler leads."),
     "leader_epoch": ("gauge", "Epoch of this scheduler's leadership; 0 while it does not lead."),
     "reconciler_state": ("gauge", "1 for what the scheduler's last round came to, by state."),

@@ -12,7 +12,7 @@ from shared.bus import Bus
 from shared.errors import BusUnavailable, ModelError
 from shared.membership import Member, Members
 from shared.messages import ModelFacts
-from shared.placement_watch import read_placement
+from shared.placement_watch import read_record
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,9 @@ async def check_model(model: ModelFacts, joined: bool, members: Members, bus: Bu
     ready = [m for m in members.all() if m.ready and m.heartbeat.model]
     if not ruled_out_by(model, False, ready, None):
         return  # the usual case: nobody serves anything else
-    stored, _ = await read_placement(await bus.store(members.subjects.bucket))
-    other = ruled_out_by(model, joined, ready, stored.digest if stored else None)
+    stored, _ = await read_record(await bus.store(members.subjects.bucket))
+    placed = stored.versions[0].digest if stored and stored.versions else None
+    other = ruled_out_by(model, joined, ready, placed)
     if other and other.heartbeat.model:
         theirs = other.heartbeat.model
         raise ModelError(

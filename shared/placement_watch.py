@@ -1,19 +1,20 @@
-"""The current placement, as everyone but its author sees it.
+"""What is stored about the placement, as everyone but its author sees it.
 
-Reads the key-value store at the start, whenever a scheduler announces another version, and after NATS was away. It asks
-again instead of watching the key: a watcher's consumer dies with the server. Adopting a version is up to the reader.
+Reads the key-value store at the start, whenever a scheduler announces another record, and after NATS was away. It asks
+again instead of watching the key: a watcher's consumer dies with the server. What follows from it is up to the reader.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from shared.changes import Phase, PlacementRecord
 from shared.errors import BadMessage, BusUnavailable
-from shared.membership import Member, Members
-from shared.messages import Kind, Placement, State, Subjects
+from shared.membership import Member
+from shared.messages import AttentionFacts, Kind, Placement, Subjects
 from shared.store import Store
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def homes_array(placement: Placement) -> np.ndarray:
     return masks.reshape(shape)
 
 
-async def read_placement(store: Store) -> tuple[Placement | None, int]:
-    """The stored placement and its revision, 0 when there is none. Raises BusUnavailable.
+async def read_record(store: Store) -> tuple[PlacementRecord | None, int]:
+    """The stored record and its revision, 0 when there is none. Raises BusUnavailable.
 
     One that cannot be read is None too: the leading scheduler replaces it.
     """
@@ -44,36 +45,52 @@ async def read_placement(store: Store) -> tuple[Placement | None, int]:
     if found is None:
         return None, 0
     try:
-        placement = Placement.decode(found[0])
-        homes_array(placement)
+        record = PlacementRecord.decode(found[0])
+        for placement in record.versions:
+            homes_array(placement)
     except BadMessage as error:
         log.warning("key %s of bucket %s holds no placement: %s", Subjects.PLACEMENT_KEY, store.bucket, error)
         return None, found[1]
-    return placement, found[1]
+    return record, found[1]
 
 
-def has_loaded(placement: Placement, member: Member | None) -> bool:
-    """Whether ``member`` need not be waited for: it has loaded its homes, or it is suspect, leaving or gone."""
-    if member is None or member.suspect or member.heartbeat.state is not State.READY:
-        return True
-    experts = member.heartbeat.experts
-    return experts is not None and experts.placement >= placement.version
+def waits_for(record: PlacementRecord, members: Iterable[Member]) -> list[str]:
+    """Ids of the instances that a change under way waits for."""
+    if record.phase is Phase.PREPARE and record.other:
+        return unloaded(record.other, members)
+    return behind(record.committed, members) if record.phase is Phase.COMMIT and record.committed else []
 
 
-def adoptable(placement: Placement, members: Members) -> bool:
-    """Whether attention may switch to ``placement``: nobody who is alive is still loading homes for it."""
-    return all(has_loaded(placement, members.get(instance)) for instance in placement.instances)
+def unloaded(placement: Placement, members: Iterable[Member]) -> list[str]:
+    """Ids of the expert instances that have not loaded all of their homes."""
+    facts = {m.id: m.heartbeat.experts for m in members}
+    return [i for i in placement.instances if not (f := facts.get(i)) or f.placement < placement.version]
+
+
+def behind(placement: Placement, members: Iterable[Member]) -> list[str]:
+    """Ids of the attention instances that still use an older version. Who has none yet will begin with this one."""
+    attention = [(m.id, m.heartbeat.attention) for m in members if m.heartbeat.attention]
+    return [id for id, facts in attention if facts and _uses_older(facts, placement)]
+
+
+def _uses_older(facts: AttentionFacts, placement: Placement) -> bool:
+    return not facts.monolith and 0 < facts.placement < placement.version
 
 
 class PlacementWatch:
-    """``current`` is the newest version known here, or None."""
+    """``record`` is the newest that is known here, or None."""
 
     def __init__(self, instance: "Instance") -> None:
-        self.current: Placement | None = None
+        self.record: PlacementRecord | None = None
         self._instance = instance
         self._callbacks: list[Callable[[], None]] = []
         self._due = asyncio.Event()
         self._due.set()
+
+    @property
+    def current(self) -> Placement | None:
+        """The committed placement."""
+        return self.record.committed if self.record else None
 
     async def start(self) -> Self:
         """Read once, then keep reading in the background. Raises BusUnavailable."""
@@ -86,14 +103,14 @@ class PlacementWatch:
         return self
 
     def on_change(self, callback: Callable[[], None]) -> None:
-        """Called in the asyncio thread after ``current`` changed."""
+        """Called in the asyncio thread after ``record`` changed."""
         self._callbacks.append(callback)
 
     def _listen(self) -> None:
-        """Ask the store when a scheduler has announced a version that is not ours."""
-        version = self.current.version if self.current else 0
-        announced = {m.heartbeat.placement for m in self._instance.members.ready(Kind.SCHEDULER)}
-        if announced - {version, 0}:
+        """Ask the store when a scheduler has announced a record that is not ours."""
+        serial = self.record.serial if self.record else 0
+        announced = {m.heartbeat.serial for m in self._instance.members.ready(Kind.SCHEDULER)}
+        if announced - {serial, 0}:
             self._due.set()
 
     async def _keep_reading(self) -> None:
@@ -108,8 +125,13 @@ class PlacementWatch:
                 await asyncio.sleep(RETRY_S)
 
     async def _read(self) -> None:
-        found, _ = await read_placement(self._store)
-        if found and (self.current is None or found.version > self.current.version):
-            self.current = found
+        found, _ = await read_record(self._store)
+        if found and (self.record is None or _order(found) > _order(self.record)):
+            self.record = found
             for callback in self._callbacks:
                 callback()
+
+
+def _order(record: PlacementRecord) -> tuple[int, int]:
+    """Of two records the later one is greater. A lost store begins its serial anew, never the versions."""
+    return record.newest, record.serial

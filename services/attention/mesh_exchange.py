@@ -97,6 +97,7 @@ class MeshExchange:
         self._sequence = 0
         self._probe_at = 0.0
         self._members: frozenset[int] | None = None
+        self._foreseen = 0  # version of the placement that the next step will use
 
     @property
     def address(self) -> bytes:
@@ -108,6 +109,7 @@ class MeshExchange:
 
     def foresee(self, view: View) -> None:
         self._members = frozenset(instance.incarnation for instance in view.instances.values())
+        self._foreseen = view.placement.version if view.placement else 0
 
     # ---- between steps ----------------------------------------------------------------------------------
 
@@ -308,6 +310,10 @@ class MeshExchange:
         self._again(pending, pending.missing, "deadline")
 
     def _retry_refused(self, pending: Pending) -> None:
+        placement = self._targets.placement
+        if placement and self._foreseen > placement.version:
+            pending.problem = f"placement {self._foreseen} has taken its place"
+            raise self._unavailable(pending, pending.refused)
         refused, pending.refused, pending.retry_at = pending.refused, 0, math.inf
         if refused & pending.refused_before:
             self._suspect(refused)

@@ -17,12 +17,14 @@ from services.attention.parts import PartBuffer
 from shared.lifecycle import Instance
 from shared.membership import Member, Members
 from shared.messages import Ack, Cancel, Decision, Kind, Placement, Resend, State, Submit, TokenDelta, Tokens
-from shared.placement_watch import PlacementWatch, adoptable
+from shared.placement_watch import PlacementWatch
 from shared.telemetry import extract
 
 REFRESH_S = 1.0
 """How often the exchange learns whose heartbeats still come: they end its suspicions."""
 DRAIN_POLL_S = 0.02
+SWITCH_LIMIT_S = 10.0
+"""Of waiting for a switch to another placement, which comes with the next step; then heartbeats will tell."""
 
 
 def build_view(placement: Placement | None, members: Members, digest: str, node: str = "") -> View:
@@ -174,14 +176,20 @@ class AttentionServer:
             await asyncio.sleep(REFRESH_S)
 
     def _refresh(self) -> None:
-        """Give the engine the newest view; a placement is taken once everyone alive has loaded its homes."""
+        """Give the engine the newest view, with the committed placement: all of its instances have loaded it."""
         newest, members = self._watch.current, self._instance.members
-        if newest and newest.digest == self._digest and adoptable(newest, members):
+        if newest and newest.digest == self._digest and newest is not self._adopted:
             self._adopted = newest
+            self._instance.spawn(self._report(newest.version), "switch")
         view = build_view(self._adopted, members, self._digest, self._instance.node)
         self._foresee(view)
         self._engine.update(view)
         self._check_leases()
+
+    async def _report(self, version: int) -> None:
+        """Say at once when the engine has switched: the old homes wait for that."""
+        if await self._until(lambda: self._engine.stats.placement >= version, SWITCH_LIMIT_S):
+            await self._instance.announce()
 
     def _check_leases(self) -> None:
         """A gateway that is gone, or has started anew, reads nothing of what it asked for before."""

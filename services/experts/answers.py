@@ -5,7 +5,7 @@ Runs in the compute thread. Whether a frame is answered at all is judged in serv
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,10 +65,12 @@ class KnownPlacement:
     """Ids, by their bits."""
 
     @classmethod
-    def of(cls, placement: Placement, instance: str) -> "KnownPlacement":
+    def of(cls, placement: Placement, instance: str, layers: Container[int] | None = None) -> "KnownPlacement":
+        """``layers``: those that can be answered; None: all."""
         ids = placement.instances
         index = ids.index(instance) if instance in ids else -1
-        return cls(placement.version, index, layer_homes(placement), placement.policy, ids)
+        homes = {i: homes for i, homes in layer_homes(placement).items() if layers is None or i in layers}
+        return cls(placement.version, index, homes, placement.policy, ids)
 
 
 @dataclass

@@ -45,7 +45,7 @@ async def _serve_on(side: ComputeSide, config: ExpertsConfig) -> None:
     instance.telemetry.collect(service.samples)
     await service.start(await PlacementWatch(instance).start())
     fixed = {"device": str(side.device), "paced": built.pace.name}
-    await instance.ready(lambda: {"experts": service.facts(), **fixed})
+    await instance.ready(lambda: {"experts": service.facts(), "costs": service.costs(), **fixed})
     await instance.until_stopped()
     await service.drain(config.drain_s)
     built.server.stop()

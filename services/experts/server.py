@@ -194,7 +194,7 @@ class ExpertServer:
         if header.rows > limits.max_rows:
             raise BadFrame(f"{header.rows} rows, the limit here is {limits.max_rows} (--max-batched-tokens)")
         placement = self._placements.get(header.placement)
-        if placement is None:
+        if placement is None or header.layer not in placement.homes:
             raise Refused(Refusal.UNKNOWN_PLACEMENT, f"placement {header.placement} is not loaded here")
         if placement.instance < 0 and (header.kind == FrameKind.ROUTED or header.flags):
             raise Refused(Refusal.NO_HOME, f"placement {header.placement} has no homes here")

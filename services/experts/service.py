@@ -5,14 +5,15 @@ Runs in the asyncio thread; exchanges never pass through here.
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from services.experts.answers import KnownPlacement
 from services.experts.build import Built
 from services.experts.relay import Neighbour
-from services.experts.store import StoreRefusal
+from services.experts.store import Homes, StoreRefusal
+from shared.changes import Phase
 from shared.lifecycle import Instance
-from shared.messages import ExpertFacts, Placement
+from shared.messages import ExpertCosts, ExpertFacts, Placement
 from shared.metrics import Sample, expert_samples, sample
 from shared.placement_watch import PlacementWatch
 
@@ -31,9 +32,10 @@ class ExpertsService:
         self._server, self._store, self._transport = built.server, built.store, built.transport
         self._pace, self._cores = built.pace, built.cores
         self._moe_layers = moe_layers
-        self._kept: list[Placement] = []
+        self._kept: tuple[Placement, ...] = ()
         """What is answered, oldest first: at most two versions."""
         self._refused = 0
+        """The version that was refused last."""
         self._seen: set[int] = set()
         self._neighbours: dict[str, Neighbour] = {}
         self._changed = asyncio.Event()
@@ -41,7 +43,22 @@ class ExpertsService:
     def facts(self) -> ExpertFacts:
         """The heartbeat's part about this instance."""
         return ExpertFacts(
-            address=self._transport.address, placement=self._version, replicas=self._replicas, cores=self._cores
+            address=self._transport.address,
+            placement=self._version,
+            replicas=self._replicas,
+            cores=self._cores,
+            slots=self._store.slots,
+            refused=self._refused,
+        )
+
+    def costs(self) -> ExpertCosts:
+        """The heartbeat's part about what replicas cost."""
+        store, stats = self._store, self._server.stats
+        activations = int(stats.by_expert[:, 1].sum())
+        return ExpertCosts(
+            replica_bytes=store.nbytes // max(1, store.replicas),
+            load_rate=store.load_rate,
+            expert_s=stats.busy_s / activations if activations else 0.0,
         )
 
     async def start(self, watch: PlacementWatch) -> None:
@@ -94,35 +111,48 @@ class ExpertsService:
             await self._take_newest()
 
     async def _take_newest(self) -> None:
+        """Answer what is stored: the committed placement, and the one before it or the one that may follow."""
         self._changed.clear()
-        newest = self._watch.current
-        if newest is None or newest.version in (self._version, self._refused):
+        record = self._watch.record
+        if record is None:
             return
+        wanted = [placement for placement in record.versions if await self._can_take(placement)]
+        if [p.version for p in wanted] == [p.version for p in self._kept]:
+            return
+        await self._adopt(wanted)
+        if record.phase is not Phase.PREPARE or self._refused != record.newest:
+            await self._instance.say("")
+
+    async def _can_take(self, placement: Placement) -> bool:
         try:
-            self._store.check(newest)
+            self._store.check(placement)
         except StoreRefusal as refusal:
-            self._refused = newest.version
-            log.error("%s", refusal)
-            await self._instance.say(str(refusal))
-            return
-        await self._adopt(newest)
-        await self._instance.say("")
+            if self._refused != placement.version:
+                self._refused = placement.version
+                log.error("%s", refusal)
+                await self._instance.say(str(refusal))
+            return False
+        return True
 
-    async def _adopt(self, placement: Placement) -> None:
-        """Load the new homes beside the old ones, answer both versions, then let go of what is older."""
-        before = self._kept[-1:] if self._store.fits([*self._kept[-1:], placement]) else []
-        if self._kept and not before:
-            await self._answer_only([])  # both do not fit: attention repeats until the new ones are loaded
-            await asyncio.to_thread(self._store.keep_only, [placement])
-        await asyncio.to_thread(self._store.load, placement)
-        await self._answer_only([*before, placement])
-        await asyncio.to_thread(self._store.keep_only, self._kept)
-        log.info("placement %d: %d replicas", placement.version, self._replicas)
+    async def _adopt(self, placements: list[Placement]) -> None:
+        """Load new homes beside the old ones while those are answered. Where slots are short, old ones make room."""
+        store, versions = self._store, {p.version for p in placements}
+        old = [placement for placement in self._kept if placement.version in versions]
+        plan = store.plan(placements)
+        await self._answer(old)
+        await asyncio.to_thread(store.keep_only, placements)
+        await asyncio.to_thread(store.load_beside, plan)
+        await self._answer(old, plan)  # other layers of it are refused from here on: attention repeats them
+        await asyncio.to_thread(store.become, plan)
+        await self._answer(placements, plan)
+        self._kept = tuple(placements)
+        log.info("placement %d: %d replicas", self._version, self._replicas)
 
-    async def _answer_only(self, placements: list[Placement]) -> None:
-        known = [KnownPlacement.of(placement, self._instance.id) for placement in placements]
+    async def _answer(self, placements: Iterable[Placement], plan: Homes | None = None) -> None:
+        """Answer these, as far as their homes are resident, and stay so by ``plan``."""
+        layers = self._store.layers_of
+        known = [KnownPlacement.of(p, self._instance.id, layers(p, plan)) for p in placements]
         await asyncio.wrap_future(self._server.adopt(known))
-        self._kept = placements
 
     # ---- attention instances ----------------------------------------------------------------------------
 

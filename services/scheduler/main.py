@@ -17,6 +17,10 @@ def check(config: SchedulerConfig) -> None:
     """Raises ConfigError for settings out of range."""
     if config.homes < 0:
         raise ConfigError("--homes", f"{config.homes} is below 0")
+    if config.prepare_deadline <= 0:
+        raise ConfigError("--prepare-deadline", f"{config.prepare_deadline:g} is not above 0 seconds")
+    if config.rebalance_s < 0:
+        raise ConfigError("--rebalance-s", f"{config.rebalance_s:g} is below 0 seconds")
     if config.lease_s < MIN_LEASE_S:
         raise ConfigError("--lease-s", f"{config.lease_s:g} is below {MIN_LEASE_S:g} seconds")
 

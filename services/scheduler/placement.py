@@ -1,40 +1,68 @@
-"""Where experts live: round-robin homes over the READY expert instances. Pure functions, no I/O.
+"""Where experts live: who takes part, how many homes there may be, and homes for the instances that are there.
 
-Covers who takes part, how many homes an expert has, and when a new version is due. Load does not matter here.
+Pure functions, no I/O. Activity matters only for what is given up first; better homes for it are rebalance.py's.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from services.scheduler.homes import Masks, Residents, to_masks, to_residents
+from services.scheduler.replacement import Floats, replace
+from shared.errors import MoemeshError
 from shared.membership import Member
 from shared.messages import MAX_EXPERT_INSTANCES, ModelFacts, Placement
-from shared.scheduling.policies import Policy
+from shared.placement_watch import homes_array
 
 
-def round_robin(instances: Sequence[str], moe_layers: int, experts: int, homes_per_expert: int) -> np.ndarray:
-    """Homes of every expert: uint64 [moe_layers, experts], bit i = ``instances[i]``.
+class TooFewSlots(MoemeshError):
+    """The expert instances that are there cannot hold every expert."""
+
+
+def round_robin(instances: int, moe_layers: int, experts: int, homes_per_expert: int) -> Masks:
+    """Homes of every expert: uint64 [moe_layers, experts].
 
     Expert e of the l-th MoE layer gets ``homes_per_expert`` consecutive instances (all, when there are fewer),
     beginning with number e + l: the layers begin at different instances, so that remainders spread. Raises ValueError
     when an expert would be left without a home, or when there are more instances than bits.
     """
-    count = len(instances)
-    if not 1 <= count <= MAX_EXPERT_INSTANCES:
-        raise ValueError(f"{count} expert instances: a placement takes 1 to {MAX_EXPERT_INSTANCES}")
+    if not 1 <= instances <= MAX_EXPERT_INSTANCES:
+        raise ValueError(f"{instances} expert instances: a placement takes 1 to {MAX_EXPERT_INSTANCES}")
     if homes_per_expert < 1:
         raise ValueError(f"{homes_per_expert} homes per expert would leave experts without one")
     first = np.arange(moe_layers)[:, None] + np.arange(experts)[None, :]
-    offsets = np.arange(min(homes_per_expert, count))
-    bits = np.uint64(1) << ((first[..., None] + offsets) % count).astype(np.uint64)
+    offsets = np.arange(min(homes_per_expert, instances))
+    bits = np.uint64(1) << ((first[..., None] + offsets) % instances).astype(np.uint64)
     return np.bitwise_or.reduce(bits, axis=-1)
 
 
 def homes_per_expert(setting: int, devices: Sequence[str]) -> int:
-    """The ``--homes`` setting; 0 = every instance when all are on CPU (they share the weights), else one."""
-    if setting > 0:
-        return setting
-    return len(devices) if all(device == "cpu" for device in devices) else 1
+    """The ``--homes`` setting; 0 = every instance when all are on CPU (they share the weights), else one.
+
+    Never more than there are devices.
+    """
+    wanted = setting if setting > 0 else len(devices) if all(device == "cpu" for device in devices) else 1
+    return min(wanted, len(devices))
+
+
+def room(members: Sequence[Member], model: ModelFacts) -> int:
+    """Replicas of one layer that fit on each instance: the least ``--slots`` divided by the layers, at most all."""
+    slots = [m.heartbeat.experts.slots for m in members if m.heartbeat.experts and m.heartbeat.experts.slots]
+    return min([model.experts, *(limit // max(1, len(model.moe_layers)) for limit in slots)])
+
+
+def budget(members: Sequence[Member], model: ModelFacts, homes: int) -> int:
+    """Replicas of one layer that each instance should hold at most, for ``homes`` homes per expert on average.
+
+    Raises TooFewSlots when they cannot hold every expert.
+    """
+    count, fits = len(members), room(members, model)
+    if count * fits < model.experts:
+        raise TooFewSlots(
+            f"{count} expert instances with {fits} slots per layer cannot hold {model.experts} experts: "
+            "add instances or slots"
+        )
+    return min(fits, -(-model.experts * homes // count))
 
 
 def mesh_model(current: Placement | None, ready: Sequence[Member]) -> ModelFacts | None:
@@ -44,55 +72,43 @@ def mesh_model(current: Placement | None, ready: Sequence[Member]) -> ModelFacts
     return next(iter(same or models), None)
 
 
-def participants(current: Placement | None, ready: Sequence[Member], digest: str) -> list[str]:
-    """Ids of the expert instances that take part, sorted; those that already do go before newcomers at the limit."""
-    ids = [m.id for m in ready if m.heartbeat.model and m.heartbeat.model.digest == digest]
+def participants(current: Placement | None, ready: Sequence[Member], digest: str) -> list[Member]:
+    """The expert instances that take part, sorted; those that already do go before newcomers at the limit."""
+    same = [m for m in ready if m.heartbeat.model and m.heartbeat.model.digest == digest]
     placed = set(current.instances) if current else set()
-    return sorted(sorted(ids, key=lambda i: (i not in placed, i))[:MAX_EXPERT_INSTANCES])
+    return sorted(sorted(same, key=lambda m: (m.id not in placed, m.id))[:MAX_EXPERT_INSTANCES], key=lambda m: m.id)
 
 
-def next_placement(
-    current: Placement | None,
-    ready: Sequence[Member],
-    homes: int,
-    author: str,
-    epoch: int,
-    newest: int = 0,
-    policy: Policy = Policy.ACTIVATED,
-) -> Placement | None:
-    """The version that should follow ``current``, or None when nothing has to change.
+def carried(old: Placement, instances: Sequence[str]) -> list[Residents]:
+    """What is left of a placement's homes on other instances: bool [instances, experts] of every layer."""
+    before = {name: index for index, name in enumerate(old.instances)}
+    rows = [before.get(name, len(before)) for name in instances]
+    nobody = np.zeros((1, old.experts), np.bool_)
+    return [np.concatenate([to_residents(masks, len(before)), nobody])[rows] for masks in homes_array(old)]
 
-    ``ready``: READY expert instances, sorted by id; with none of them the last placement stays. ``homes``: the setting.
-    ``newest``: highest version that any instance reports, which the next one must exceed even if the store was lost.
+
+def rehouse(old: Sequence[Residents], activity: Sequence[Floats], slots: int, least: int) -> Masks:
+    """Homes uint64 [layers, E] with few replicas moved: who has none gets one, and free slots bring all to ``least``.
+
+    Args:
+        old: what is left, bool [instances, E] of every layer.
+        activity: [E] of every layer.
+        slots: replicas of a layer per instance; see ``budget``.
     """
-    model = mesh_model(current, ready)
-    if model is None:
-        return None
-    instances = participants(current, ready, model.digest)
-    if current and (current.digest, list(current.instances), current.policy) == (model.digest, instances, policy):
-        return None
-    devices = [m.heartbeat.device for m in ready if m.id in instances]
-    table = round_robin(instances, len(model.moe_layers), model.experts, homes_per_expert(homes, devices))
-    return Placement(
-        version=max(current.version if current else 0, newest) + 1,
-        epoch=epoch,
-        author=author,
-        reason=reason(current, instances, policy),
-        digest=model.digest,
-        instances=tuple(instances),
-        moe_layers=model.moe_layers,
-        experts=model.experts,
-        homes=table.astype("<u8").tobytes(),
-        policy=policy,
-    )
+    housed = [replace(layer, shares, slots, most=0) for layer, shares in zip(old, activity, strict=True)]
+    for residents, shares in zip(housed, activity, strict=True):
+        _fill(residents, shares, slots, least)
+    return np.stack([to_masks(residents) for residents in housed]).reshape(len(housed), -1)
 
 
-def reason(current: Placement | None, instances: Sequence[str], policy: Policy) -> str:
-    """One line for a person: who joined and who left, or what else is new."""
-    before = set(current.instances) if current else set()
-    joined = [i for i in instances if i not in before]
-    left = sorted(before - set(instances))
-    parts = [f"{', '.join(ids)} {verb}" for ids, verb in ((joined, "joined"), (left, "left")) if ids]
-    if current and current.policy is not policy:
-        parts.append(f"homes are chosen by policy {policy}")
-    return "; ".join(parts) or "another model"
+def _fill(residents: Residents, activity: Floats, slots: int, least: int) -> None:
+    """Give experts with fewer than ``least`` homes more, on free slots only; the most active per home first."""
+    for homes in range(1, min(least, len(residents))):
+        few = np.flatnonzero(residents.sum(axis=0) == homes)
+        for e in few[np.argsort(-activity[few], kind="stable")]:
+            held = residents.sum(axis=1)
+            if held.min() >= slots:
+                return
+            open_to = np.flatnonzero((held < slots) & ~residents[:, e])
+            if open_to.size:
+                residents[open_to[np.argmin(held[open_to])], e] = True

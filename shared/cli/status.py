@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.bus import Bus
+from shared.changes import Phase, PlacementRecord
 from shared.cli.mesh import local_nats
 from shared.errors import MoemeshError
 from shared.membership import Member, Members
 from shared.messages import Placement, Subjects
+from shared.placement_watch import read_record, waits_for
 
 DEFAULT_NATS = "nats://127.0.0.1:4222"
 LISTEN_S = 1.5
@@ -29,34 +31,34 @@ def status(
 ) -> None:
     """Show the instances of a mesh and its placement."""
     nats = nats or local_nats(mesh) or DEFAULT_NATS
-    members, placement = asyncio.run(look(nats, mesh))
+    members, record = asyncio.run(look(nats, mesh))
     if not members:
         raise MoemeshError(f"no instance of mesh {mesh!r} answers on {nats}; is it up? (moemesh up)")
-    report = describe(members, placement)
+    report = describe(members, record)
     if as_json:
         print(json.dumps(report))
     else:
         print_report(report, Console(highlight=False))
 
 
-async def look(nats: str, mesh: str) -> tuple[list[Member], Placement | None]:
+async def look(nats: str, mesh: str) -> tuple[list[Member], PlacementRecord | None]:
     """Listen to the mesh for LISTEN_S seconds. Raises BusUnavailable."""
     bus = await Bus.connect(nats, "moemesh-status")
     try:
         members = Members(mesh)
         await members.watch(bus)
         await asyncio.sleep(LISTEN_S)
-        store = await bus.store(Subjects(mesh).bucket)
-        entry = await store.get(Subjects.PLACEMENT_KEY)
-        return members.all(), Placement.decode(entry[0]) if entry else None
+        record, _ = await read_record(await bus.store(Subjects(mesh).bucket))
+        return members.all(), record
     finally:
         await bus.close()
 
 
-def describe(members: list[Member], placement: Placement | None) -> dict[str, Any]:
+def describe(members: list[Member], record: PlacementRecord | None) -> dict[str, Any]:
     """The report as plain values; pure."""
     return {
-        "placement": describe_placement(placement) if placement else None,
+        "placement": describe_placement(record.committed) if record and record.committed else None,
+        "change": describe_change(record, members) if record else None,
         "instances": [describe_member(m) for m in sorted(members, key=lambda m: (m.heartbeat.kind, m.heartbeat.id))],
     }
 
@@ -72,6 +74,18 @@ def describe_placement(placement: Placement) -> dict[str, Any]:
         "layers": len(placement.moe_layers),
         "experts_per_layer": placement.experts,
         "homes": homes,
+    }
+
+
+def describe_change(record: PlacementRecord, members: list[Member]) -> dict[str, Any]:
+    """What is under way with the placement, who is waited for, and how the last change ended."""
+    new = {Phase.PREPARE: record.other, Phase.COMMIT: record.committed}.get(record.phase)
+    return {
+        "phase": record.phase.value,
+        "version": new.version if new else None,
+        "reason": new.reason if new else "",
+        "waits_for": waits_for(record, members),
+        "last": record.verdict,
     }
 
 
@@ -107,6 +121,7 @@ def print_report(report: dict[str, Any], out: Console) -> None:
             f"placement {placement['version']} by {placement['author']} ({placement['reason']}): "
             f"{placement['layers']} layers x {placement['experts_per_layer']} experts"
         )
+    print_change(report["change"], out)
     table = Table("instance", "state", "node", "device", "serves", box=None, header_style="bold")
     table.add_column("url", no_wrap=True, min_width=max((len(row["url"]) for row in report["instances"]), default=0))
     for row in report["instances"]:
@@ -130,6 +145,15 @@ def ways(table: Iterable[dict[str, Any]]) -> Iterator[str]:
 def _way(row: dict[str, Any]) -> str:
     measured = f"{row['measured_s'] * 1e3:.2f} ms" if row["measured_s"] is not None else "not tried"
     return f"{row['way']} {measured} (links alone {row['predicted_s'] * 1e3:.2f} ms)"
+
+
+def print_change(change: dict[str, Any] | None, out: Console) -> None:
+    """One line about what is under way, or how the last change ended if that was no success."""
+    if change and change["version"]:
+        waits = ", ".join(change["waits_for"]) or "the scheduler"
+        out.print(f"{change['phase']} placement {change['version']} ({change['reason']}), waiting for {waits}")
+    if change and change["last"]:
+        out.print(f"last change: {change['last']}")
 
 
 def device(row: dict[str, Any]) -> str:

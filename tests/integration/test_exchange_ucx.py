@@ -17,6 +17,7 @@ from torch import Tensor
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.server import build_view
 from shared.activation import mesh_hash
+from shared.changes import Phase, PlacementRecord
 from shared.cli.children import Child
 from shared.config import MeshConfig
 from shared.errors import ExchangeUnavailable
@@ -61,7 +62,7 @@ class Bench:
         self.scheduler = await self._enter(Instance(Kind.SCHEDULER, config, signals=False))
         self.attention = await self._enter(Instance(Kind.ATTENTION, config, signals=False))
         self.members = self.attention.members
-        await self.scheduler.ready(lambda: {"placement": self._version})
+        await self.scheduler.ready(lambda: {"placement": self._version, "serial": self._version})
         await self.attention.join(self.checkpoint.facts())
         facts = AttentionFacts(max_model_len=1, kv_blocks=1, block_size=1, max_num_seqs=1)
         await self.attention.ready(lambda: {"attention": facts.model_copy(update={"placement": self._version})})
@@ -118,19 +119,24 @@ class Bench:
         await until(ready, "ready experts", START_LIMIT_S)
 
     async def place(self, homes: Callable[[int], list[int]], names: list[str]) -> None:
-        """Store the next placement (``homes(e)``: instances of expert e) and announce it."""
+        """Store the next placement (``homes(e)``: instances of expert e) beside the last one, and announce it."""
+        before = self.placement
         masks = [sum(1 << i for i in homes(e)) for e in range(self.spec.router.experts)]
         self.placement = Placement(
             version=self._version + 1, epoch=1, author="test", reason="test", digest=self.checkpoint.digest,
             instances=tuple(names), moe_layers=self.spec.moe_layers, experts=len(masks),
             homes=np.array([masks] * len(self.spec.moe_layers), "<u8").tobytes(),
         )  # fmt: skip
+        record = PlacementRecord(
+            epoch=1, serial=self._version, newest=self._version, phase=Phase.COMMIT,
+            committed=self.placement, other=before,
+        )  # fmt: skip
         store = await self.scheduler.bus.store(self.scheduler.subjects.bucket)
         found = await store.get(Subjects.PLACEMENT_KEY)
         if found:
-            await store.update(Subjects.PLACEMENT_KEY, self.placement.encode(), found[1])
+            await store.update(Subjects.PLACEMENT_KEY, record.encode(), found[1])
         else:
-            await store.create(Subjects.PLACEMENT_KEY, self.placement.encode())
+            await store.create(Subjects.PLACEMENT_KEY, record.encode())
         await self.scheduler.announce()
 
     async def until_loaded(self, *names: str) -> None:

@@ -8,6 +8,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
@@ -18,10 +19,11 @@ from shared.bus import Bus
 from shared.config import MeshConfig, SchedulerConfig
 from shared.errors import ConfigError, ModelError
 from shared.lifecycle import Instance
-from shared.messages import ExpertFacts, Kind, ModelFacts, Placement, Subjects
+from shared.messages import Kind, ModelFacts, Placement, Subjects
 from shared.nats_server import NatsServer
-from shared.placement_watch import PlacementWatch, adoptable
-from tests.integration.instances import MODEL, OTHER_MODEL, expert
+from shared.placement_watch import PlacementWatch, read_record
+from shared.store import Store
+from tests.integration.instances import MODEL, OTHER_MODEL, committed, expert
 from tests.integration.waiting import until
 
 LEASE_S = 1.0
@@ -40,9 +42,10 @@ async def watch(config: MeshConfig) -> AsyncIterator[PlacementWatch]:
 
 
 @asynccontextmanager
-async def scheduler(config: MeshConfig, id: str) -> AsyncIterator[asyncio.Task[None]]:
+async def scheduler(config: MeshConfig, id: str, **settings: Any) -> AsyncIterator[asyncio.Task[None]]:
     """A scheduler in this process; cancelled at the end, as a crash: it keeps its lease."""
-    task = asyncio.create_task(serve(SchedulerConfig(nats=config.nats, mesh=config.mesh, id=id, lease_s=LEASE_S)))
+    made = SchedulerConfig(nats=config.nats, mesh=config.mesh, id=id, lease_s=LEASE_S, **settings)
+    task = asyncio.create_task(serve(made))
     try:
         yield task
     finally:
@@ -75,7 +78,7 @@ def authors(watch: PlacementWatch, *ids: str) -> Callable[[], bool]:
 
 async def test_the_placement_follows_who_joins_and_leaves(config: MeshConfig, watch: PlacementWatch) -> None:
     changes: list[int] = []
-    watch.on_change(lambda: changes.append(watch.current.version if watch.current else 0))
+    watch.on_change(lambda: changes.append(committed(watch.record)))
     async with scheduler(config, "s1"), expert(replace(config, id="e1")):
         await until(lambda: instances(watch) == ("e1",))
         async with expert(replace(config, id="e2")):
@@ -83,7 +86,8 @@ async def test_the_placement_follows_who_joins_and_leaves(config: MeshConfig, wa
         await until(lambda: instances(watch) == ("e1",))
     assert watch.current is not None
     assert (watch.current.author, watch.current.reason) == ("s1", "e2 left")
-    assert changes == sorted(set(changes))
+    assert changes == sorted(changes)
+    assert set(changes) == {0, 1, 2, 3}
 
 
 async def test_the_metrics_say_who_leads_and_what_the_reconciler_does(
@@ -106,6 +110,7 @@ async def test_the_metrics_say_who_leads_and_what_the_reconciler_does(
             assert sorted(f["moemesh_leader"] for f in found.values()) == [0, 1]
             assert found[leading]["moemesh_placements_written_total"] == found[leading]["moemesh_leader_epoch"] == 1
             assert found[leading]["moemesh_placement_version"] == 1
+            assert found[leading]["moemesh_placements_aborted_total"] == 0
             state = 'moemesh_reconciler_state{state="%s"}'
             follower = next(id for id in found if id != leading)
             assert found[follower][state % "following"] == 1
@@ -136,10 +141,7 @@ async def test_of_two_models_that_become_ready_in_the_same_moment_one_leaves(
     config: MeshConfig, watch: PlacementWatch
 ) -> None:
     async def live(id: str, model: ModelFacts, both: asyncio.Barrier) -> None:
-        async with Instance(Kind.EXPERTS, replace(config, id=id), signals=False) as instance:
-            await instance.join(model)
-            await both.wait()
-            await instance.ready(lambda: {"experts": ExpertFacts(address=b"y")})
+        async with expert(replace(config, id=id), model, joined=both) as instance:
             await instance.until_stopped()
 
     both = asyncio.Barrier(2)
@@ -152,20 +154,6 @@ async def test_of_two_models_that_become_ready_in_the_same_moment_one_leaves(
         await until(lambda: instances(watch) == ("e1",))
     first.cancel()
     await asyncio.wait([first])
-
-
-async def test_attention_waits_for_loading_homes(config: MeshConfig, watch: PlacementWatch) -> None:
-    loaded = 0
-    members = watch._instance.members
-    async with scheduler(config, "s1"), Instance(Kind.EXPERTS, replace(config, id="e1"), signals=False) as instance:
-        await instance.join(MODEL)
-        await instance.ready(lambda: {"experts": ExpertFacts(address=b"x", placement=loaded)})
-        await until(lambda: watch.current is not None)
-        assert watch.current is not None
-        assert not adoptable(watch.current, members)
-        loaded = watch.current.version
-        await instance.announce()
-        await until(lambda: watch.current is not None and adoptable(watch.current, members))
 
 
 async def test_one_of_two_schedulers_leads_and_the_other_takes_over_when_it_is_killed(
@@ -199,13 +187,13 @@ async def test_a_scheduler_that_is_told_to_stop_hands_over_and_the_next_continue
 async def test_two_schedulers_that_start_together_write_one_line_of_versions(
     config: MeshConfig, watch: PlacementWatch
 ) -> None:
-    versions: list[int] = []
-    watch.on_change(lambda: versions.append(watch.current.version if watch.current else 0))
+    versions: set[int] = set()
+    watch.on_change(lambda: versions.add(committed(watch.record)))
     async with scheduler(config, "s1"), scheduler(config, "s2"), expert(replace(config, id="e1")):
         await until(lambda: instances(watch) == ("e1",))
         async with expert(replace(config, id="e2")):
             await until(lambda: instances(watch) == ("e1", "e2"))
-    assert versions == [1, 2]
+    assert versions == {0, 1, 2}
     assert watch.current is not None
     assert watch.current.epoch == 1
 
@@ -233,13 +221,20 @@ async def test_a_stored_placement_that_cannot_be_read_is_replaced(
     async with expert(replace(config, id="experts-a")):
         async with scheduler(config, "scheduler-a") as task:
             await until(authors(watch, "scheduler-a"))
-            value, revision = await store.get(Subjects.PLACEMENT_KEY) or (b"", 0)
-            short = Placement.decode(value).model_copy(update={"homes": b"x"}).encode()
+            record, revision = await read_record(store)
+            assert record is not None
+            assert record.committed is not None
+            broken = record.committed.model_copy(update={"homes": b"x"})
+            short = record.model_copy(update={"committed": broken}).encode()
             await store.update(Subjects.PLACEMENT_KEY, damage if isinstance(damage, bytes) else short, revision)
-            version = watch.current.version if watch.current else 0
-            await until(lambda: watch.current is not None and watch.current.version > version)
+            await until_async(lambda: is_stored(store, record.committed))
             assert not task.done()
         assert instances(watch) == ("experts-a",)
+
+
+async def is_stored(store: Store, placement: Placement | None) -> bool:
+    record, _ = await read_record(store)
+    return record is not None and record.committed == placement
 
 
 async def test_a_deposed_leader_cannot_write_after_its_successor_has_begun(
@@ -250,21 +245,21 @@ async def test_a_deposed_leader_cannot_write_after_its_successor_has_begun(
     async with expert(replace(config, id="e1")):
         async with scheduler(config, "s1"):
             await until(authors(watch, "s1"))
-            before = await store.get(Subjects.PLACEMENT_KEY)
+            before, revision = await read_record(store)
         assert before is not None
         async with scheduler(config, "s2"):
             await until_epoch(bus, subjects, 2)
-            late = Placement.decode(before[0]).model_copy(update={"version": 2, "reason": "late"})
-            assert await store.update(Subjects.PLACEMENT_KEY, late.encode(), before[1]) is None
+            late = before.model_copy(update={"serial": before.serial + 1, "verdict": "late"})
+            assert await store.update(Subjects.PLACEMENT_KEY, late.encode(), revision) is None
 
 
 async def until_epoch(bus: Bus, subjects: Subjects, epoch: int) -> None:
-    """Wait until the stored placement carries ``epoch``."""
+    """Wait until the stored record carries ``epoch``."""
     store = await bus.store(subjects.bucket)
     async with asyncio.timeout(30):
         while True:
-            found = await store.get(Subjects.PLACEMENT_KEY)
-            if found and Placement.decode(found[0]).epoch == epoch:
+            record, _ = await read_record(store)
+            if record and record.epoch == epoch:
                 return
             await asyncio.sleep(0.05)
 
@@ -294,7 +289,9 @@ async def until_leading(leader: Leader) -> None:
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("lease_s", 0.0), ("homes", -1)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("lease_s", 0.0), ("homes", -1), ("prepare_deadline", 0.0), ("rebalance_s", -1.0)]
+)
 async def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=setting.replace("_", "-")):
         await serve(SchedulerConfig(**{setting: value}))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from services.attention.exchange import ExpertInstance, View
+from services.experts.answers import KnownPlacement
 from shared.errors import ExchangeUnavailable
 from shared.messages import Placement
 from shared.scheduling.policies import Policy
@@ -287,6 +288,30 @@ def test_a_placement_that_is_not_loaded_yet_is_refused_then_served():
         assert out.equal(expected)
         stats = mesh.exchange.stats()
         assert stats.refusals["unknown_placement"] >= 1 and stats.repeats["refusal"] >= 1
+
+
+def test_a_step_is_put_off_at_once_when_its_placement_is_refused_and_another_one_is_there():
+    with toy_mesh(round_robin(2), deadline=60.0) as mesh:
+        second = next_version(mesh.placement, [[1 - e % 2] for e in range(EXPERTS)])
+        mesh.adopt(second)
+        mesh.exchange.foresee(mesh.view(placement=second))
+        handle = mesh.exchange.dispatch(LAYERS[0], random_rows(1, 5))
+        with pytest.raises(ExchangeUnavailable, match="placement 2 has taken its place"):
+            mesh.exchange.combine(handle, random_rows(2, 5))
+        mesh.exchange.update(mesh.view(placement=second))
+        mesh.check(seed=1)
+
+
+def test_a_layer_that_gave_up_its_homes_is_refused_and_others_are_answered():
+    with toy_mesh(round_robin(2), deadline=60.0) as mesh:
+        partly = KnownPlacement.of(mesh.placement, "e0", {LAYERS[1]})
+        mesh.instances[0].server.adopt([partly]).result(60)
+        mesh.check(seed=1, layer=LAYERS[1])
+        second = next_version(mesh.placement, round_robin(2))
+        mesh.exchange.foresee(mesh.view(placement=second))
+        handle = mesh.exchange.dispatch(LAYERS[0], random_rows(1, 5))
+        with pytest.raises(ExchangeUnavailable, match="placement 2 has taken its place"):
+            mesh.exchange.combine(handle, random_rows(2, 5))
 
 
 def test_an_instance_that_lags_behind_is_left_out_where_possible():
