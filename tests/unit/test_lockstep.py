@@ -47,6 +47,14 @@ class Another:
         self.joins += 1
         self.send(to, FrameKind.JOIN, Join.pack(rows, 1.0), sequence=self.joins)
 
+    def kinds(self) -> set[int]:
+        """Of the frames that have come."""
+        found = set()
+        while (incoming := self.transport.receive(0.05)) is not None:
+            found.add(incoming.header.kind)
+            incoming.release()
+        return found
+
     def expect(self, kind: FrameKind) -> Header:
         """The next frame of that kind; others are dropped."""
         while True:
@@ -128,6 +136,7 @@ def test_a_second_copy_of_the_answer_breaks_nothing():
         assert begin(exchange, 3, lambda: told(host, exchange, group((OTHER, 2), (ME, 3)), copies=2))
         exchange.idle_wait(0.05)
         assert exchange._lockstep.group is not None
+        assert FrameKind.LEAVE not in host.kinds()
 
 
 def test_who_hears_of_a_groups_end_before_its_beginning_goes_alone():
