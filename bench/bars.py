@@ -17,7 +17,7 @@ from rich.table import Table
 BENCH = Path(__file__).parent
 SCRIPTS = (
     "decode.py", "limit.py", "ablation.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py", "idle.py",
-    "memory.py",
+    "memory.py", "switch.py",
 )  # fmt: skip
 PURE = ("activation.py", "rebalance.py")
 """Those that need no model, or bring their own."""
