@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from services.scheduler.homes import Masks
+from services.scheduler.homes import Masks, to_residents
 from services.scheduler.placement import (
     budget,
     carried,
@@ -157,7 +157,8 @@ def stage(now: Masks, goal: Masks, instances: int, slots: int) -> Masks:
 
     A layer whose old and new homes fit into the slots together changes at once. Else it first lets go of the homes that
     are not needed any more, as far as every expert keeps one: nothing has to be loaded for that. Where nothing is left
-    to let go of, homes change places while exchanges wait: one layer at a time.
+    to let go of, as many new homes are added as there are slots. Without a free slot, homes change places while
+    exchanges wait: one layer at a time.
     """
     step, in_place = now.copy(), False
     for before, after, layer in zip(now, goal, step, strict=True):
@@ -168,9 +169,22 @@ def stage(now: Masks, goal: Masks, instances: int, slots: int) -> Masks:
         kept = np.where(common > 0, common, before)
         if (kept != before).any():
             layer[:] = kept
-        elif not in_place:
+            continue
+        layer[:] = _grown(before, after, instances, slots)
+        if not in_place and (layer == before).all():
             layer[:], in_place = after, True
     return step
+
+
+def _grown(before: Masks, after: Masks, instances: int, slots: int) -> Masks:
+    """Homes uint64 [E] with the new ones of as many experts as fit beside the old ones, the lowest experts first."""
+    grown, free = before.copy(), slots - to_residents(before, instances).sum(axis=1)
+    for expert in np.flatnonzero(after & ~before):
+        new = to_residents((after & ~before)[expert : expert + 1], instances)[:, 0]
+        if (free >= new).all():
+            grown[expert] |= after[expert]
+            free -= new
+    return grown
 
 
 def most_replicas(masks: Masks, instances: int) -> int:

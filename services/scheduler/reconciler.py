@@ -66,6 +66,7 @@ class Reconciler:
         self._held: tuple[tuple[str, ...], float] = ((), 0.0)
         self._problem = ""
         self._stopping = False
+        self._epoch = 0  # in which this scheduler led last
 
     @classmethod
     async def start(cls, instance: Instance, config: SchedulerConfig) -> Self:
@@ -163,8 +164,10 @@ class Reconciler:
         epoch = self.leader.epoch
         if epoch is None or (stored and stored.epoch > epoch):
             self.state = "following"
-            self._rebalancer.ended("aborted", "another scheduler leads now")
+            if stored and stored.epoch > self._epoch:  # else it is only our lease that ended, under load
+                self._rebalancer.ended("aborted", "another scheduler leads now")
             return
+        self._epoch = epoch
         if not self._may_judge(stored):
             self.state = "settling"
             return

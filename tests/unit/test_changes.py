@@ -211,7 +211,7 @@ def two_placements(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int]:
 @given(two_placements())
 def test_every_stage_can_be_served_and_the_goal_is_reached(case: tuple[np.ndarray, np.ndarray, int, int]) -> None:
     now, goal, instances, slots = case
-    for _ in range(2 + len(now)):
+    for _ in range(3 * now.size):
         if (now == goal).all():
             return
         step = stage(now, goal, instances, slots)
@@ -220,6 +220,15 @@ def test_every_stage_can_be_served_and_the_goal_is_reached(case: tuple[np.ndarra
         assert sum(in_place) <= 1, "one layer at a time"
         now = step
     assert (now == goal).all()
+
+
+def test_one_free_slot_is_enough_for_experts_to_change_places_while_all_are_answered() -> None:
+    now, goal, versions = np.array([[1, 1, 2]], np.uint64), np.array([[2, 1, 1]], np.uint64), 0
+    while (now != goal).any():
+        step = stage(now, goal, instances=2, slots=2)
+        assert most_replicas(now[0] | step[0], 2) <= 2, "nothing changes in place"
+        now, versions = step, versions + 1
+    assert versions == 3
 
 
 @settings(deadline=None)
