@@ -97,9 +97,14 @@ def mesh(network: Network, model: Path, setup: Setup = NO_WAIT) -> Iterator[list
     with nodes(ATTENTION_NODES + EXPERT_NODES, network.gbit) as made:
         places = [("attention", node) for node in made[:ATTENTION_NODES] for _ in range(PER_NODE)]
         places += [("experts", node) for node in made[ATTENTION_NODES:] for _ in range(PER_NODE)]
-        children = [Child(kind, number, node, model, network, setup) for number, (kind, node) in enumerate(places)]
+        children: list[Child] = []
+        everybody: list[dict[str, Any]] = []
         try:
-            everybody = [child.hear() for child in children]
+            for part in ([0], [len(places) - 1], range(1, len(places) - 1)):  # the first of a kind compiles for all
+                new = [Child(places[i][0], i, places[i][1], model, network, setup) for i in part]
+                children += new
+                everybody += [child.hear() for child in new]
+            everybody.sort(key=lambda one: one["incarnation"])
             for child in children:
                 child.tell(everybody)
             attention = [child for child in children if child.kind == "attention"]

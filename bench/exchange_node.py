@@ -49,6 +49,12 @@ class Process:
         sleep_exactly()
         self.inner = UcxTransport(longest_frame(MOST_ROWS, self.top_k, self.hidden), CPU, "", spin_us=0.0)
 
+    def compile(self) -> None:
+        """Everything that an exchange runs on either side, before anybody waits for it."""
+        spare = MoeLayer(self.checkpoint, self.kernels, CPU, torch.float32, 0)
+        with torch.inference_mode():
+            warm_up(spare, self.checkpoint.spec, CPU, torch.float32)
+
     def transport(self, everybody: list[dict[str, Any]]) -> FarTransport:
         mine = [p for p in everybody if p["node"] == self.node]
         near = [p["incarnation"] for p in mine] + [bytes.fromhex(p["address"]) for p in mine]
@@ -72,13 +78,6 @@ def serve_experts(process: Process) -> None:
         if p["kind"] == "experts" and p["node"] == process.node and p["incarnation"] != process.incarnation
     }
     server.meet(neighbours)
-    with torch.inference_mode():
-        warm_up(
-            MoeLayer(process.checkpoint, process.kernels, CPU, torch.float32, 0),
-            process.checkpoint.spec,
-            CPU,
-            torch.float32,
-        )
     server.adopt([KnownPlacement.of(placement_of(everybody, process), f"experts{process.number}")])
     threading.Thread(target=lambda: (sys.stdin.readline(), server.stop()), daemon=True).start()
     with torch.inference_mode():
@@ -180,6 +179,7 @@ def main() -> None:
     kind, number, node, model, network, setup = sys.argv[1:]
     torch.set_num_threads(1)
     process = Process(kind, int(number), node, model, Network(**json.loads(network)), Setup(**json.loads(setup)))
+    process.compile()
     identity = {"id": f"{kind}{number}", "incarnation": process.incarnation, "address": process.inner.address.hex()}
     process.say(kind=kind, node=node, **identity)
     (serve_experts if kind == "experts" else serve_attention)(process)
