@@ -17,11 +17,12 @@ from nodes import FarTransport, Network, Setup
 from services.attention.exchange import ExpertInstance, Neighbour, View
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.ways import Gate, Phase, Ways
+from services.experts.answers import KnownPlacement, ServerLimits
 from services.experts.build import warm_up
 from services.experts.relay import Neighbour as ExpertNeighbour
-from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
-from shared.activation import longest_frame
+from services.experts.server import ExpertServer
 from shared.device_profile import DeviceProfile
+from shared.exchange_frames import longest_frame
 from shared.kernels.base import select_kernels
 from shared.messages import Placement
 from shared.models.loader import Checkpoint, open_checkpoint

@@ -20,7 +20,8 @@ from services.attention.local_exchange import LocalExchange
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.micro_batches import MicroBatching
 from services.attention.step import ModelRunner
-from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
+from services.experts.answers import KnownPlacement, ServerLimits
+from services.experts.server import ExpertServer
 from shared.kernels.cpu import CpuKernels
 from shared.messages import Placement, SamplingParams, Submit, TokenDelta
 from shared.models.decoder import Decoder

@@ -49,11 +49,13 @@ class RunningMesh:
         return response.json()
 
     def metrics_of(self, name: str) -> Callable[[str], float]:
-        """Reads a metric of an instance now; 0 for one that is not there yet."""
+        """Reads a metric of an instance; 0 for a metric or an instance that is not there yet."""
         members, _ = self.call(look(self.mesh.nats_url, self.mesh.options.mesh))
-        url = next(m.heartbeat.url for m in members if m.id == name)
+        url = next((m.heartbeat.url for m in members if m.id == name), "")
 
         def read(metric: str) -> float:
+            if not url:
+                return 0.0
             text = httpx.get(url + "/metrics", timeout=30).text
             found = re.search(rf"^{re.escape(metric)} (\S+)$", text, re.MULTILINE)
             return float(found[1]) if found else 0.0

@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 import torch
 
+from services.experts.answers import Record, ServerLimits
 from services.experts.compute import answer, answer_routed, plan_parts
-from services.experts.server import ExpertServer, Record, ServerLimits
+from services.experts.server import ExpertServer
 from services.experts.store import ExpertStore
 from shared.activation import PARTS, Choice
 from shared.compute import ComputeSide

@@ -7,9 +7,9 @@ import asyncio
 import logging
 from collections.abc import Iterable, Iterator
 
+from services.experts.answers import KnownPlacement
 from services.experts.build import Built
 from services.experts.relay import Neighbour
-from services.experts.server import KnownPlacement
 from services.experts.store import Homes, StoreRefusal
 from shared.changes import Phase
 from shared.lifecycle import Instance

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from services.attention.exchange import ExpertInstance, View
-from services.experts.server import KnownPlacement
+from services.experts.answers import KnownPlacement
 from shared.errors import ExchangeUnavailable
 from shared.messages import Placement
 from shared.scheduling.policies import Policy

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.experts.server import ExpertServer, KnownPlacement
+from services.experts.answers import KnownPlacement
+from services.experts.server import ExpertServer
 from shared.activation import PARTS
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Refusal
 from shared.transport.memory import MemoryNetwork

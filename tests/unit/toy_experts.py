@@ -14,8 +14,9 @@ from torch import Tensor
 from services.attention.exchange import ExpertInstance, View
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.replies import Arrangement
+from services.experts.answers import KnownPlacement, ServerLimits
 from services.experts.compute import plan_parts
-from services.experts.server import ExpertServer, KnownPlacement, ServerLimits
+from services.experts.server import ExpertServer
 from shared.activation import PARTS, Choice, write_parts
 from shared.kernels.base import Kernels
 from shared.messages import Placement

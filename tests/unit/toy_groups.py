@@ -13,6 +13,7 @@ from torch import Tensor
 from services.attention.exchange import ExpertInstance, Neighbour, View
 from services.attention.mesh_exchange import MeshExchange
 from services.attention.ways import Gate, Phase, Ways
+from services.experts.answers import KnownPlacement
 from services.experts.relay import Neighbour as ExpertNeighbour
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
@@ -148,8 +149,6 @@ def _update(mesh: GroupMesh, number: int) -> None:
 
 
 def _introduce(mesh: GroupMesh) -> None:
-    from services.experts.server import KnownPlacement
-
     for instance, node in zip(mesh.instances, mesh.nodes, strict=True):
         others = {
             i.facts.id: ExpertNeighbour(i.facts.incarnation, i.facts.address)

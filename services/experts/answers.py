@@ -1,0 +1,209 @@
+"""What an expert instance sends back: its parts of a frame's rows, to whoever sent them, to a group, or for a node.
+
+Runs in the compute thread. Whether a frame is answered at all is judged in server.py, arithmetic is in compute.py.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.experts.assembly import Assembly
+from services.experts.compute import answer, answer_routed
+from services.experts.relay import Relay
+from shared.activation import PARTS, Choice, layer_homes
+from shared.errors import MoemeshError
+from shared.exchange_frames import MASK_BYTES, Routes, read_mask
+from shared.messages import Placement
+from shared.models.moe import ExpertLayer
+from shared.pace import Pace
+from shared.scheduling.policies import Policy
+from shared.telemetry import NO_TRACE
+from shared.transport.base import FrameKind, Header, Incoming, Outgoing, Peer, Refusal, Transport
+
+Record = Callable[[tuple[bytes, bytes], int, int, int, int], None]
+"""Called after a traced exchange: (trace and span id, start ns, end ns, layer, parts)."""
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What this instance can answer."""
+
+    hidden: int
+    dtype: torch.dtype
+    """What is computed in; rows of another dtype are converted."""
+    max_rows: int
+    experts: int
+    """Routed experts per layer."""
+    top_k: int
+    """Experts per row."""
+
+
+class Refused(MoemeshError):
+    """An exchange that is not answered now."""
+
+    def __init__(self, code: Refusal, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPlacement:
+    """A placement whose homes here are loaded, in the form that the compute thread wants."""
+
+    version: int
+    instance: int
+    """Our index in it; -1 when it does not name us."""
+    homes: Mapping[int, NDArray[np.uint64]]
+    policy: Policy
+    instances: tuple[str, ...] = ()
+    """Ids, by their bits."""
+
+    @classmethod
+    def of(cls, placement: Placement, instance: str, layers: Container[int] | None = None) -> "KnownPlacement":
+        """``layers``: those that can be answered; None: all."""
+        ids = placement.instances
+        index = ids.index(instance) if instance in ids else -1
+        homes = {i: homes for i, homes in layer_homes(placement).items() if layers is None or i in layers}
+        return cls(placement.version, index, homes, placement.policy, ids)
+
+
+@dataclass
+class ServerStats:
+    """Counters since the start, written by the compute thread and read by anyone."""
+
+    by_expert: NDArray[np.int64]
+    """[layers, 2, experts]: parts computed here, and exchanges that activated the expert; layers in ascending order."""
+    frames: Counter[str] = field(default_factory=Counter)
+    """By kind."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Frames without an answer: foreign, unknown_sender, bad_hello, unexpected."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """By name of the refusal."""
+    parts: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    busy_s: float = 0.0
+
+
+class Answers:
+    """Computes and sends. ``relay``: merges the replies of this node's instances; the others as in ``ExpertServer``."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        layers: Mapping[int, ExpertLayer],
+        limits: ServerLimits,
+        relay: Relay,
+        *,
+        mesh: int,
+        incarnation: int,
+        record: Record | None,
+        pace: Pace,
+    ) -> None:
+        self._transport, self._layers, self._limits, self._relay = transport, layers, limits, relay
+        self._mesh, self._incarnation = mesh, incarnation
+        self._record, self._pace = record, pace
+        self.stats = ServerStats(np.zeros((len(layers), 2, limits.experts), np.int64))
+        self._counts = dict(zip(sorted(layers), self.stats.by_expert, strict=True))
+
+    def alone(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
+        """Compute the parts of a frame's rows that are ours, and send them back."""
+        header, begun = incoming.header, time.time_ns()
+        most = header.rows * self._limits.top_k
+        frame = self._transport.outgoing(most * PARTS.itemsize, most, self._limits.hidden, torch.float32)
+        parts, digest = self._compute(header, incoming.rows, incoming.meta, placement, frame.meta, frame.rows)
+        self._send(peer, header, frame, parts, digest)
+        self._end(begun, header, parts)
+
+    def group(
+        self, assembly: Assembly, header: Header, placement: KnownPlacement, peers: Mapping[int, tuple[bytes, Peer]]
+    ) -> None:
+        """Compute for all members at once; each gets the parts of its own rows."""
+        most, begun = len(assembly.rows) * self._limits.top_k, time.time_ns()
+        meta = np.empty(most * PARTS.itemsize, np.uint8)
+        rows = torch.empty(most, self._limits.hidden, device=assembly.rows.device)
+        count, digest = self._compute(header, assembly.rows, meta[:0], placement, meta, rows)
+        parts = meta.view(PARTS)[:count]
+        for sender, asked in assembly.asked.items():
+            known, first = peers.get(sender), assembly.firsts[sender]
+            if known is None:
+                continue
+            theirs = np.flatnonzero((parts["token"] >= first) & (parts["token"] < first + asked.rows))
+            frame = self._transport.outgoing(len(theirs) * PARTS.itemsize, len(theirs), rows.shape[1], rows.dtype)
+            own = frame.meta.view(PARTS)
+            own[:] = parts[theirs]
+            own["token"] -= first
+            torch.index_select(rows, 0, torch.from_numpy(theirs).to(rows.device), out=frame.rows)
+            self._send(known[1], asked, frame, len(theirs), digest)
+        self._end(begun, header, count)
+
+    def node(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
+        """Pass the rows on to other instances of this node, compute our own parts, and let the relay merge."""
+        header, mask = incoming.header, read_mask(incoming.meta)
+        others = {
+            name: bit for bit, name in enumerate(placement.instances) if mask >> bit & 1 and bit != placement.instance
+        }
+        if not self._relay.knows(others):
+            raise Refused(Refusal.NO_RELAY, "an instance of this node is not known here")
+        most, begun = header.rows * self._limits.top_k, time.time_ns()
+        relayed = self._relay.forward(incoming, others, (most, self._limits.hidden), peer)
+        meta = relayed.frame.meta[: most * PARTS.itemsize]
+        routes = incoming.meta[MASK_BYTES:]
+        try:
+            parts, digest = self._compute(header, incoming.rows, routes, placement, meta, relayed.frame.rows)
+        except MoemeshError:
+            self._relay.drop(relayed)
+            raise
+        self._relay.add_own(relayed, placement.instance, parts, digest)
+        self._end(begun, header, parts)
+
+    def _compute(
+        self,
+        header: Header,
+        rows: Tensor,
+        routes: NDArray[np.uint8],
+        placement: KnownPlacement,
+        meta: NDArray[np.uint8],
+        out: Tensor,
+    ) -> tuple[int, int]:
+        """Write our parts to ``meta`` and ``out``; returns their number and the digest of the exchange."""
+        layer, counts, began = self._layers[header.layer], self._counts[header.layer], time.monotonic()
+        rows, homes = rows.to(self._limits.dtype), placement.homes[header.layer]
+        if header.kind == FrameKind.ROUTED:
+            given = Routes.read(routes, header.rows, self._limits.top_k)
+            parts, digest = (
+                answer_routed(layer, rows, given, homes, placement.instance, meta, out, counts),
+                header.digest,
+            )
+        else:
+            choice = Choice(homes, header.live, placement.instance, placement.policy)
+            parts, digest = answer(layer, rows, choice, meta, out, counts)
+        if self._pace.name:
+            self._pace.experts(began, meta[: parts * PARTS.itemsize].view(PARTS)["expert"])
+        return parts, digest
+
+    def _send(self, peer: Peer, asked: Header, frame: Outgoing, parts: int, digest: int) -> None:
+        frame.keep(parts)
+        reply = self.reply(FrameKind.COMBINE, asked)
+        reply.digest = digest
+        self._transport.send([peer], reply, frame)
+        self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
+
+    def _end(self, begun: int, header: Header, parts: int) -> None:
+        self.stats.parts += parts
+        trace = header.trace_id, header.span_id
+        if self._record and trace != NO_TRACE:
+            self._record(trace, begun, time.time_ns(), header.layer, parts)
+
+    def reply(self, kind: FrameKind, asked: Header) -> Header:
+        """The header of an answer."""
+        return Header(
+            kind, self._mesh, self._incarnation, asked.sequence, asked.attempt, asked.epoch, asked.group,
+            asked.placement, asked.live, asked.layer, trace_id=asked.trace_id, span_id=asked.span_id,
+        )  # fmt: skip
