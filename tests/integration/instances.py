@@ -29,8 +29,6 @@ async def expert(
     """
     async with Instance(Kind.EXPERTS, config, signals=False) as instance:
         await instance.join(model)
-        if joined:
-            await joined.wait()
         watch = await PlacementWatch(instance).start()
 
         def facts() -> dict[str, ExpertFacts]:
@@ -39,6 +37,8 @@ async def expert(
             return {"experts": ExpertFacts(address=b"x", placement=loaded, slots=slots)}
 
         announce_changes(instance, watch)
+        if joined:
+            await joined.wait()
         await instance.ready(facts)
         yield instance
 
