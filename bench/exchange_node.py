@@ -155,7 +155,7 @@ def _ways(name: str) -> tuple[Phase | None, Gate | None]:
 
 def run_steps(exchange: MeshExchange, hidden: int, rows: int, steps: int) -> dict[str, Any]:
     """Seconds per exchange of the grouped steps, and how many steps were in a group."""
-    x, out = torch.randn(rows, hidden), torch.zeros(rows, hidden)
+    x, out = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(rows)), torch.zeros(rows, hidden)
     taken, grouped = [], 0
     for _ in range(steps):
         together = exchange.begin(rows)
