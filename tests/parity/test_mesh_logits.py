@@ -54,10 +54,10 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def view_of(mesh: RunningMesh) -> View:
     """The experts of a running mesh, as its own attention instance sees them."""
-    members, placement = mesh.call(look(mesh.mesh.nats_url, MESH))
+    members, record = mesh.call(look(mesh.mesh.nats_url, MESH))
     beats = [(m.heartbeat, m.last_seen) for m in members]
     instances = [ExpertInstance(b.id, b.incarnation, b.experts.address, seen) for b, seen in beats if b.experts]
-    return View(placement, {instance.id: instance for instance in instances})
+    return View(record.committed if record else None, {instance.id: instance for instance in instances})
 
 
 def sequences(prompts: list[list[int]]) -> list[Sequence]:
