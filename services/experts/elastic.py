@@ -157,7 +157,8 @@ class Elastic:
         self._order(self._residency.demand(index, experts), urgent=True)
 
     def _compute(self, layer: int, rows: Tensor, progress: Progress, some: NDArray[np.intp]) -> None:
-        parts = Parts(*(array[some] for array in progress.plan.parts))
+        tokens, experts, weights = progress.plan.parts
+        parts = Parts(tokens[some], experts[some], weights[some])
         if not progress.out.numel():
             progress.out = torch.empty(len(progress.todo), rows.shape[1], device=rows.device)
         out = torch.empty(len(some), rows.shape[1], device=rows.device)

@@ -111,7 +111,7 @@ class Residency:
         experts = experts[np.argsort(-chance[experts], kind="stable")]
         return self._starts(layer, experts, self.next_call()[layer, experts])
 
-    def next_call(self) -> NDArray[np.float32]:
+    def next_call(self) -> NDArray[np.floating]:
         """Exchanges until an expert is expected to be called, [layers, experts]."""
         layers, share = len(self.state), np.maximum(self._share, LEAST)
         later = layers / share
