@@ -104,6 +104,23 @@ class AttentionFacts(Message):
     """The cost table, where there is anything to choose."""
 
 
+class ElasticFacts(Message):
+    """Experts that come and go; counts since the start of the instance."""
+
+    slots: Count
+    """Most residents."""
+    calls: Count = 0
+    """Distinct experts of exchanges, summed over exchanges."""
+    waits: Count = 0
+    """Calls whose expert was not resident."""
+    cold: Count = 0
+    """Starts whose weights came from storage."""
+    warm: Count = 0
+    stops: Count = 0
+    broken: tuple[tuple[Count, Count], ...] = ()
+    """(Layer, expert) that could not be started here: it should have another home."""
+
+
 class ExpertFacts(Message):
     address: bytes
     """Worker address on the data plane; opaque."""
@@ -116,6 +133,8 @@ class ExpertFacts(Message):
     """Most replicas of all layers together; 0: no limit."""
     refused: Count = 0
     """Version that this instance cannot take; the heartbeat's ``detail`` says why. 0: none."""
+    elastic: ElasticFacts | None = None
+    """None: all homes are resident."""
 
 
 class ExpertCosts(Message):

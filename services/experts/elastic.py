@@ -7,7 +7,7 @@ meanwhile. Which expert makes room for which is decided in shared/elastic/reside
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,10 +22,16 @@ from shared.activation import Parts
 from shared.elastic.residency import Residency, Start
 from shared.errors import MoemeshError
 from shared.kernels.weights import Weight
+from shared.messages import ElasticFacts
+from shared.metrics import Sample, sample
 from shared.models.moe import ExpertLayer, compute_parts
 from shared.models.slots import Slots
 from shared.predictors.base import Predictor
 
+MOST_BROKEN = 256
+"""In a heartbeat."""
+RETRY_S = 10.0
+"""An expert that could not be started is not tried again before."""
 LOOK_S = 1.0
 """How often idle residents are looked for."""
 
@@ -108,13 +114,43 @@ class Elastic:
         """Of residents and of those that are loading, by (index of the layer, expert)."""
         self._predictor, self._distances = predictor, tuple(distances)
         self._keep_alive, self._look_at = keep_alive, 0.0
-        self.broken: dict[tuple[int, int], str] = {}
-        """(Checkpoint layer, expert) -> why its last start failed."""
+        self._failures: dict[tuple[int, int], tuple[float, str]] = {}
+        """(Checkpoint layer, expert) -> when its last start failed, and why."""
         self.stats = ElasticStats()
 
     @property
     def residents(self) -> int:
         return len(self._slot)
+
+    def facts(self) -> ElasticFacts:
+        """For the heartbeat; may be called from any thread."""
+        stats = self.stats
+        return ElasticFacts(
+            slots=self._slots.count,
+            calls=stats.calls,
+            waits=stats.waits,
+            cold=stats.starts["cold"],
+            warm=stats.starts["warm"],
+            stops=stats.stops,
+            broken=tuple(sorted(self._failures.copy()))[:MOST_BROKEN],
+        )
+
+    def samples(self) -> Iterator[Sample]:
+        """For /metrics; read in another thread."""
+        stats = self.stats
+        yield sample("expert_slots", self._slots.count)
+        yield sample("expert_calls", stats.calls)
+        yield sample("expert_calls_waited", stats.waits)
+        yield sample("expert_wait_seconds", stats.wait_s)
+        for source in ("warm", "cold"):
+            yield sample("expert_starts", stats.starts[source], source=source)
+        for cause in ("demand", "predicted"):
+            yield sample("expert_starts_ordered", stats.starts[cause], cause=cause)
+        yield sample("expert_start_bytes", stats.start_bytes)
+        yield sample("expert_start_seconds", stats.start_s)
+        yield sample("expert_stops", stats.stops)
+        yield sample("expert_start_failures", stats.failed)
+        yield sample("prediction_seconds", stats.predict_s)
 
     # ---- exchanges --------------------------------------------------------------------------------------
 
@@ -150,7 +186,8 @@ class Elastic:
         """Have started what an exchange waits for. Raises BrokenExpert when that cannot be."""
         index, experts = self._index[layer], progress.experts()
         for expert in experts.tolist():
-            if problem := self.broken.pop((layer, expert), ""):  # asked again, it is tried again
+            when, problem = self._failures.get((layer, expert), (0.0, ""))
+            if problem and time.monotonic() - when < RETRY_S:
                 raise BrokenExpert(f"expert {expert} of layer {layer} cannot be started: {problem}")
         for expert in experts.tolist():
             self._starts.urge(layer, expert)
@@ -238,13 +275,14 @@ class Elastic:
 
     def _failed(self, started: Started) -> None:
         self.stats.failed += 1
-        self.broken[started.layer, started.expert] = started.problem
+        self._failures[started.layer, started.expert] = time.monotonic(), started.problem
         log.error("expert %d of layer %d cannot be started: %s", started.expert, started.layer, started.problem)
         resident = self._index[started.layer], started.expert
         self._residency.gone(*resident)
         self._free.append(self._slot.pop(resident))
 
     def _count(self, started: Started) -> None:
+        self._failures.pop((started.layer, started.expert), None)
         self._residency.loaded(self._index[started.layer], started.expert, time.monotonic())
         self.stats.starts["warm" if started.warm else "cold"] += 1
         self.stats.start_bytes += started.nbytes

@@ -30,7 +30,7 @@ class ExpertsService:
     def __init__(self, instance: Instance, built: Built, moe_layers: tuple[int, ...]) -> None:
         self._instance = instance
         self._server, self._store, self._transport = built.server, built.store, built.transport
-        self._pace, self._cores = built.pace, built.cores
+        self._pace, self._cores, self._elastic = built.pace, built.cores, built.elastic
         self._moe_layers = moe_layers
         self._kept: tuple[Placement, ...] = ()
         """What is answered, oldest first: at most two versions."""
@@ -49,6 +49,7 @@ class ExpertsService:
             cores=self._cores,
             slots=self._store.slots,
             refused=self._refused,
+            elastic=self._elastic.facts() if self._elastic else None,
         )
 
     def costs(self) -> ExpertCosts:
@@ -89,6 +90,7 @@ class ExpertsService:
         yield sample("exchange_bytes", stats.bytes_received, direction="received")
         yield sample("compute_seconds", stats.busy_s)
         yield from self._pace.samples()
+        yield from self._elastic.samples() if self._elastic else ()
         refused = {f"refused_{code}": count for code, count in stats.refused.copy().items()}
         for reason, count in (refused | stats.dropped.copy() | self._transport.dropped.copy()).items():
             yield sample("frames_dropped", count, reason=reason)

@@ -36,13 +36,19 @@ def round_robin(instances: int, moe_layers: int, experts: int, homes_per_expert:
     return np.bitwise_or.reduce(bits, axis=-1)
 
 
-def homes_per_expert(setting: int, devices: Sequence[str]) -> int:
-    """The ``--homes`` setting; 0 = every instance when all are on CPU (they share the weights), else one.
+def homes_per_expert(setting: int, members: Sequence[Member]) -> int:
+    """The ``--homes`` setting; 0 = every instance when replicas cost no memory, else one.
 
-    Never more than there are devices.
+    Never more than there are instances.
     """
-    wanted = setting if setting > 0 else len(devices) if all(device == "cpu" for device in devices) else 1
-    return min(wanted, len(devices))
+    wanted = setting if setting > 0 else len(members) if all(map(_shares, members)) else 1
+    return min(wanted, len(members))
+
+
+def _shares(member: Member) -> bool:
+    """Whether an instance reads weights where all of its host map them."""
+    facts = member.heartbeat.experts
+    return member.heartbeat.device == "cpu" and (facts is None or facts.elastic is None)
 
 
 def room(members: Sequence[Member], model: ModelFacts) -> int:

@@ -101,7 +101,7 @@ def membership(
     names = tuple(m.id for m in there)
     same = current and (current.digest, current.instances, current.policy) == (model.digest, names, policy)
     if same and current and fits(current, room(there, model)):
-        return None
+        return mended(current, there)
     draining = {m.id for m in members if m.heartbeat.state is State.DRAINING}
     table = homes_for(current, there, model, homes, activity)
     why = reason(current, names, draining, policy)
@@ -114,13 +114,51 @@ def homes_for(
 ) -> Masks:
     """Homes uint64 [MoE layers, experts] on ``members``; what ``current`` has is kept as far as it fits."""
     count, layers = len(members), len(model.moe_layers)
-    homes = homes_per_expert(setting, [m.heartbeat.device for m in members])
+    homes = homes_per_expert(setting, members)
     slots = budget(members, model, homes)
     known = current is not None and (current.digest, current.moe_layers) == (model.digest, model.moe_layers)
     if slots == model.experts or not known or current is None:
         return round_robin(count, layers, model.experts, min(homes, count * slots // model.experts))
     shares = [activity(layer) for layer in model.moe_layers]
     return rehouse(carried(current, [m.id for m in members]), shares, slots, homes)
+
+
+def mended(current: Placement, members: Sequence[Member]) -> Proposal | None:
+    """Other homes for experts that cannot be started where they are; a sole home moves to who has the fewest.
+
+    Args:
+        members: the instances of ``current``, in its order.
+    """
+    table, changed = homes_array(current).astype(np.uint64), []
+    facts = [m.heartbeat.experts.elastic if m.heartbeat.experts else None for m in members]
+    broken = [frozenset(fact.broken) if fact else frozenset() for fact in facts]
+    for layer, expert in sorted(frozenset().union(*broken)):
+        if layer in current.moe_layers and expert < current.experts:
+            closed = [(layer, expert) in those for those in broken]
+            if _move_off(table[current.moe_layers.index(layer)], expert, closed):
+                names = [m.id for m, shut in zip(members, closed, strict=True) if shut]
+                changed.append(f"expert {expert} of layer {layer} on {', '.join(names)}")
+    if not changed:
+        return None
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    why = f"cannot be started: {'; '.join(changed[:3])}{more}"
+    of = current.digest, current.instances, current.moe_layers
+    return Proposal(Priority.FAILURE, why, *of, table, current.policy, current.experts)
+
+
+def _move_off(masks: Masks, expert: int, closed: Sequence[bool]) -> bool:
+    """Take homes away in masks uint64 [E]; a sole one is moved. False: there is nothing to do, or nowhere to go."""
+    bad = np.uint64(sum(1 << i for i, shut in enumerate(closed) if shut))
+    if not masks[expert] & bad:
+        return False
+    if masks[expert] & ~bad:
+        masks[expert] &= ~bad
+        return True
+    held = to_residents(masks, len(closed)).sum(axis=1)
+    order = [i for i in np.argsort(held, kind="stable").tolist() if not closed[i]]
+    if order:
+        masks[expert] = np.uint64(1 << order[0])
+    return bool(order)
 
 
 def reason(current: Placement | None, instances: Sequence[str], draining: set[str], policy: Policy) -> str:

@@ -218,7 +218,7 @@ class Rebalancer:
     async def _better(self, committed: Placement, members: Sequence[Member]) -> list[Move]:
         """Raises Refused."""
         model, seen = self._model(committed, members), self._seen(committed)
-        homes = homes_per_expert(self._homes, [m.heartbeat.device for m in members])
+        homes = homes_per_expert(self._homes, members)
         try:
             slots = budget(members, model, homes)
         except TooFewSlots as error:

@@ -170,5 +170,15 @@ def serves(row: dict[str, Any], placement: dict[str, Any] | None) -> str:
         return f"{load}, KV {facts['kv_blocks_used']}/{facts['kv_blocks']}, {experts}"
     if row["kind"] == "experts" and facts:
         homes = placement["homes"].get(row["id"], 0) if placement else 0
-        return f"home of {homes} experts, {facts['replicas']} resident, placement {facts['placement']}"
+        return f"home of {homes} experts, {resident(facts)}, placement {facts['placement']}"
     return row["detail"]
+
+
+def resident(facts: dict[str, Any]) -> str:
+    """How many experts an instance has loaded; where they come and go, how often exchanges waited for them."""
+    elastic = facts["elastic"]
+    if not elastic:
+        return f"{facts['replicas']} resident"
+    share = elastic["waits"] / max(1, elastic["calls"])
+    starts = f"{elastic['warm']} warm and {elastic['cold']} cold starts"
+    return f"{facts['replicas']} of {elastic['slots']} slots used, {share:.1%} of calls waited, {starts}"

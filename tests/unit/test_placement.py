@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from services.scheduler.placement import homes_per_expert, round_robin
 from services.scheduler.proposals import membership
+from shared.activation import layer_homes
 from shared.errors import BadMessage
 from shared.membership import Member
-from shared.messages import ExpertFacts, Heartbeat, Kind, ModelFacts, Placement, State
+from shared.messages import ElasticFacts, ExpertFacts, Heartbeat, Kind, ModelFacts, Placement, State
 from shared.placement_watch import homes_array
 from shared.scheduling.policies import Policy
 
@@ -23,6 +24,10 @@ def expert(id: str, model: ModelFacts = MODEL, device: str = "cpu", **more: Any)
     fields: dict[str, Any] = {"state": State.READY, "experts": ExpertFacts(address=b"x")} | more
     beat = Heartbeat(kind=Kind.EXPERTS, id=id, incarnation=1, node="n", device=device, model=model, **fields)
     return Member(beat, 0.0)
+
+
+def elastic_facts(*broken: tuple[int, int]) -> ExpertFacts:
+    return ExpertFacts(address=b"x", elastic=ElasticFacts(slots=8, broken=broken))
 
 
 def place(
@@ -69,10 +74,12 @@ def test_a_placement_that_leaves_an_expert_without_a_home_is_refused(instances: 
 
 
 def test_homes_default_to_all_instances_on_cpu_and_one_elsewhere() -> None:
-    assert homes_per_expert(0, ["cpu", "cpu"]) == 2
-    assert homes_per_expert(0, ["cpu", "cuda:0"]) == 1
-    assert homes_per_expert(2, ["cpu"] * 3) == 2
-    assert homes_per_expert(9, ["cpu"] * 3) == 3
+    cpu, cuda, elastic = expert("e1"), expert("e2", device="cuda:0"), expert("e3", experts=elastic_facts())
+    assert homes_per_expert(0, [cpu, cpu]) == 2
+    assert homes_per_expert(0, [cpu, cuda]) == 1
+    assert homes_per_expert(0, [cpu, elastic]) == 1, "memory of its own"
+    assert homes_per_expert(2, [cpu] * 3) == 2
+    assert homes_per_expert(9, [cpu] * 3) == 3
 
 
 def test_joining_and_leaving_make_the_next_version_with_its_reason() -> None:
@@ -119,3 +126,31 @@ def test_another_policy_is_a_new_version_that_says_so() -> None:
     assert second.reason == "homes are chosen by policy tokens"
     assert Placement.decode(second.encode()) == second
     assert place(second, expert("e1"), policy=Policy.TOKENS) is None
+
+
+def test_an_expert_that_cannot_be_started_loses_that_home_and_keeps_the_others() -> None:
+    layer = MODEL.moe_layers[0]
+    first = placed(None, expert("e1"), expert("e2"), homes=2)
+    second = place(first, expert("e1"), expert("e2", experts=elastic_facts((layer, 3))), homes=2)
+    assert second is not None
+    masks = layer_homes(second)[layer]
+    assert masks[3] == 0b01
+    assert all(masks[e] == 0b11 for e in range(MODEL.experts) if e != 3)
+    assert f"expert 3 of layer {layer} on e2" in second.reason
+
+
+def test_the_sole_home_of_an_expert_that_cannot_be_started_moves() -> None:
+    layer = MODEL.moe_layers[-1]
+    first = placed(None, expert("e1"), expert("e2"), homes=1)
+    home = int(layer_homes(first)[layer][0]).bit_length()
+    there = [expert(f"e{i}", experts=elastic_facts(*[(layer, 0)] * (i == home))) for i in (1, 2)]
+    second = place(first, *there, homes=1)
+    assert second is not None
+    assert layer_homes(second)[layer][0] == 0b11 ^ 1 << (home - 1)
+    assert place(second, *there, homes=1) is None, "it is done"
+
+
+def test_an_expert_that_nobody_can_start_stays_where_it_is() -> None:
+    broken = elastic_facts((MODEL.moe_layers[0], 1))
+    first = placed(None, expert("e1"), homes=1)
+    assert place(first, expert("e1", experts=broken), homes=1) is None
