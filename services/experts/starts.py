@@ -1,5 +1,6 @@
 """Starts experts: a thread that copies weights into slots and does nothing else. What to start is decided elsewhere."""
 
+import resource
 import threading
 import time
 from collections import deque
@@ -9,10 +10,13 @@ from dataclasses import dataclass, field
 from shared.errors import MoemeshError
 from shared.kernels.weights import Weight
 from shared.models.loader import Checkpoint
-from shared.models.slots import Slots, in_host_memory, let_go, read_ahead, tensors_of
+from shared.models.slots import Slots, let_go, tensors_of
 
 IDLE_S = 5.0
 """After so long without a start the checkpoint is closed, and what was mapped of it."""
+
+MOST_MAPPED = 1 << 21
+"""Bytes of the checkpoint that this thread leaves mapped, plus one expert."""
 
 Read = Callable[[Checkpoint, int, int], tuple[Weight, ...]]
 """(checkpoint, layer, expert) -> its weights, as far as possible views of the mapped files. Raises ModelError."""
@@ -66,6 +70,10 @@ class Starts:
     ) -> None:
         self._open, self._read, self._slots, self._wake = open_checkpoint, read, slots, wake
         self._checkpoint: Checkpoint | None = None
+        self._known: dict[tuple[int, int], tuple[Weight, ...]] = {}
+        """Views of experts in the open checkpoint."""
+        self._touched: dict[tuple[int, int], int] = {}
+        """Bytes of those that were read since the last ``_let_go``."""
         self._queue = _Queue()
         self._changed = threading.Condition()
         self._ended: deque[Started] = deque()
@@ -112,22 +120,46 @@ class Starts:
                 self._ended.append(self._start(*job))
                 self._wake()
             else:
-                self._checkpoint = None
+                self._close_checkpoint()
 
     def _start(self, layer: int, expert: int, slot: int) -> Started:
-        begun = time.monotonic()
+        begun, blocks = time.monotonic(), _blocks_read()
         try:
-            if self._checkpoint is None:
-                self._checkpoint = self._open()
-            weights = self._read(self._checkpoint, layer, expert)
-            mapped = tensors_of(weights)
-            warm = in_host_memory(mapped)
-            if not warm:
-                read_ahead(mapped)
+            if self._checkpoint:
+                self._checkpoint.check_files()
+            weights = self._known.get((layer, expert)) or self._find(layer, expert)
             held = self._slots.fill(slot, weights)
-            let_go(mapped)
         except (MoemeshError, OSError, RuntimeError) as error:  # RuntimeError: torch, about a file that has changed
-            self._checkpoint = None
+            self._close_checkpoint()
             return Started(layer, expert, slot, problem=str(error))
-        size, seconds = sum(tensor.nbytes for tensor in mapped), time.monotonic() - begun
-        return Started(layer, expert, slot, held, warm=warm, nbytes=size, seconds=seconds)
+        size = sum(weight.nbytes for weight in weights)
+        if (layer, expert) in self._known:
+            self._touched[layer, expert] = size
+            if sum(self._touched.values()) > MOST_MAPPED:
+                self._let_go()
+        return Started(layer, expert, slot, held, "", _blocks_read() == blocks, size, time.monotonic() - begun)
+
+    def _let_go(self) -> None:
+        """Of what was mapped for copies."""
+        for name in self._touched:
+            let_go(tensors_of(self._known[name]))
+        self._touched.clear()
+
+    def _find(self, layer: int, expert: int) -> tuple[Weight, ...]:
+        """Views are kept; what had to be unpacked or rearranged is a copy, and too large for that."""
+        if self._checkpoint is None:
+            self._checkpoint = self._open()
+        weights, again = (self._read(self._checkpoint, layer, expert) for _ in range(2))
+        if all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors_of(weights), tensors_of(again), strict=True)):
+            self._known[layer, expert] = weights
+        return weights
+
+    def _close_checkpoint(self) -> None:
+        self._checkpoint = None
+        self._known.clear()
+        self._touched.clear()
+
+
+def _blocks_read() -> int:
+    """Blocks that storage has read for this thread: none when everything was in the page cache."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock

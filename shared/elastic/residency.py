@@ -1,12 +1,11 @@
 """Which experts an instance keeps resident: pure decisions on arrays, given calls, predictions and time.
 
-All layers share one budget of slots. An expert that exchanges of its layer call with probability p is expected to be
-called after d + L (1 / p - 1) exchanges, where d is the distance to its layer and L the number of layers; who is needed
-last makes room (Belady's rule, 1966). A prediction for the coming exchange of a layer replaces p for that exchange.
+All layers share one budget of slots. Every step passes every layer once, so an expert is worth its slot by the chance
+that the coming exchange of its layer calls it: as predicted, if it is, else the share of recent exchanges that called
+it; and by a part of that share, since there are steps after the next. Who is worth least makes room.
 Arrays are [layers, experts]; layers count from 0 among those with experts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
@@ -14,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Booleans = NDArray[np.bool_]
-FORGET = 0.02
+FORGET = 0.03
 """Weight of the newest exchange in the share of exchanges that call an expert."""
-LEAST = 1e-3
-"""No expert is taken for less probable."""
-WORTH = 0.25
+HABIT = 0.3
+"""What that share weighs beside the chance of the coming exchange."""
+WORTH = 0.05
 """Experts that are predicted to be called with this probability or more are started ahead."""
 
 
@@ -32,7 +31,7 @@ class Eviction(StrEnum):
     """Who makes room."""
 
     FORESEEN = "foreseen"
-    """What is expected to be called last."""
+    """What is least probable to be called."""
     LRU = "lru"
     """What was called longest ago; nothing is started ahead."""
 
@@ -61,11 +60,10 @@ class Residency:
         self.called_at = np.zeros(shape)
         """When an expert was called or started last."""
         self._slots, self._eviction = slots, eviction
-        self._share = np.full(shape, LEAST, np.float32)
+        self._share = np.zeros(shape, np.float32)
         """Of the exchanges that call it, the recent ones weighing most."""
         self._soon = np.full(shape, -1.0, np.float32)
         """Predicted probability for the coming exchange of the layer; < 0: no prediction."""
-        self._distance = np.arange(layers)
 
     @property
     def free(self) -> int:
@@ -88,7 +86,6 @@ class Residency:
         share[experts] += FORGET
         self.called_at[layer, experts] = now
         self._soon[layer] = -1.0
-        self._distance = (np.arange(len(self.state)) - layer - 1) % len(self.state) + 1
 
     def demand(self, layer: int, experts: NDArray[np.integer]) -> list[Start]:
         """Start what is absent of these: an exchange waits, so that every resident may make room.
@@ -96,7 +93,7 @@ class Residency:
         Fewer than asked for when too few slots are left by those that are loading: ask again when they have.
         """
         absent = experts[self.state[layer, experts] == Residence.ABSENT]
-        return self._starts(layer, absent, np.full(len(absent), -np.inf))
+        return self._starts(layer, absent, np.full(len(absent), np.inf))
 
     def predict(self, layer: int, loads: NDArray[np.floating]) -> list[Start]:
         """Expected rows [experts] of the coming exchange of ``layer``: start what is worth it, most probable first."""
@@ -109,14 +106,11 @@ class Residency:
         if not len(experts):
             return []
         experts = experts[np.argsort(-chance[experts], kind="stable")]
-        return self._starts(layer, experts, self.next_call()[layer, experts])
+        return self._starts(layer, experts, self.worth()[layer, experts])
 
-    def next_call(self) -> NDArray[np.floating]:
-        """Exchanges until an expert is expected to be called, [layers, experts]."""
-        layers, share = len(self.state), np.maximum(self._share, LEAST)
-        later = layers / share
-        chance = np.where(self._soon >= 0, self._soon, share)
-        return self._distance[:, None] + (1 - chance) * later
+    def worth(self) -> NDArray[np.floating]:
+        """What a slot is worth to each expert, [layers, experts]: 0 to 1 + HABIT."""
+        return np.where(self._soon >= 0, self._soon, self._share) + HABIT * self._share
 
     def loaded(self, layer: int, expert: int, now: float) -> None:
         """A start has ended well."""
@@ -131,30 +125,30 @@ class Residency:
         """Residents that were not called since ``before`` (one time, or [layers, experts])."""
         return _pairs((self.state == Residence.RESIDENT) & (self.called_at < before))
 
-    def _starts(self, layer: int, experts: Sequence[int] | NDArray, urgency: NDArray) -> list[Start]:
-        """Take slots for ``experts``: free ones, then those whose experts are needed later than ``urgency`` says."""
+    def _starts(self, layer: int, experts: NDArray[np.integer], worth: NDArray[np.floating]) -> list[Start]:
+        """Take slots for ``experts``, worth most first: free ones, then those of experts that are worth less."""
         starts: list[Start] = []
         free = self.free
         victims = iter(self._victims(len(experts) - free)) if len(experts) > free else iter(())
-        for expert, until in zip(experts, urgency, strict=True):
+        for expert, value in zip(experts.tolist(), worth.tolist(), strict=True):
             victim = None
             if len(starts) >= free:
                 found = next(victims, None)
-                if found is None or found[1] <= until:
+                if found is None or found[1] >= value:
                     break
                 victim = found[0]
                 self.state[victim] = Residence.ABSENT
             self.state[layer, expert] = Residence.LOADING
-            starts.append(Start(layer, int(expert), victim))
+            starts.append(Start(layer, expert, victim))
         return starts
 
     def _victims(self, count: int) -> list[tuple[tuple[int, int], float]]:
-        """The ``count`` residents that should go first, and how late they are needed."""
-        late = -self.called_at if self._eviction is Eviction.LRU else self.next_call()
-        late = np.where(self.state == Residence.RESIDENT, late, -np.inf).ravel()
-        order = np.argsort(-late, kind="stable")[:count]
+        """The ``count`` residents that should go first, and what their slots are worth to them."""
+        worth = self.called_at if self._eviction is Eviction.LRU else self.worth()
+        worth = np.where(self.state == Residence.RESIDENT, worth, np.inf).ravel()
+        order = np.argsort(worth, kind="stable")[:count]
         width = self.state.shape[1]
-        return [(divmod(int(i), width), float(late[i])) for i in order if np.isfinite(late[i])]
+        return [(divmod(int(i), width), float(worth[i])) for i in order if np.isfinite(worth[i])]
 
 
 def _pairs(mask: Booleans) -> list[tuple[int, int]]:

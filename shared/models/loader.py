@@ -42,6 +42,7 @@ class Checkpoint:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self._files: dict[str, Any] = {}
+        self._sizes: dict[Path, int] = {}
 
     @property
     def path(self) -> Path:
@@ -117,9 +118,16 @@ class Checkpoint:
         assert self.spec.fp8_block  # index.check_tensors admits FP8 for nothing else
         return Fp8Blocks(self.tensor(name), self.tensor(name + SCALE_SUFFIX).float(), self.spec.fp8_block)
 
+    def check_files(self) -> None:
+        """Raises ModelError when an open file has another size than before: reading its map could end the process."""
+        for path, size in self._sizes.items():
+            if not path.exists() or path.stat().st_size != size:
+                raise ModelError(str(path), "was changed while it was in use")
+
     def _open(self, file: str) -> Any:
         if file not in self._files:
             try:
+                self._sizes[self.path / file] = (self.path / file).stat().st_size
                 self._files[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
                 raise ModelError(str(self.path / file), f"cannot be mapped: {error}") from error

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,15 +83,17 @@ class HostSlots:
         self.slot_bytes = -(-end // PAGE) * PAGE
         self._map = mmap.mmap(-1, max(1, count) * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._address = self._memory.data_ptr()
         self._weights = [self._views(slot) for slot in range(count)]
 
     def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
         """See ``Slots``. Raises SlotsMismatch."""
-        sources, room = tensors_of(weights), tensors_of(self._weights[slot])
-        if [(s.shape, s.dtype) for s in sources] != [(r.shape, r.dtype) for r in room]:
+        sources = tensors_of(weights)
+        if [(s.shape, s.dtype) for s in sources] != [(p.shape, p.dtype) for p in self._places]:
             raise SlotsMismatch("an expert's weights differ in shape or dtype from the first one's")
-        for source, target in zip(sources, room, strict=True):
-            np.copyto(_raw(target), _raw(source))  # without the interpreter's lock, and without torch's threads
+        for source, place in zip(sources, self._places, strict=True):
+            start = slot * self.slot_bytes + place.offset  # a copy without the interpreter's lock and torch's threads
+            ctypes.memmove(self._address + start, source.data_ptr(), source.nbytes)
         return self._weights[slot]
 
     def free(self, slot: int) -> None:
@@ -112,44 +113,10 @@ class HostSlots:
         return self._memory[start : start + size].view(place.dtype).view(place.shape)
 
 
-def _raw(tensor: Tensor) -> np.ndarray:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def in_host_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether all pages of these mapped tensors are in memory, so that nothing has to be read from storage."""
-    return all(_resident(*_pages(tensor)) for tensor in tensors)
-
-
-def read_ahead(tensors: Sequence[Tensor]) -> None:
-    """Have storage read these mapped tensors while we wait for the first of them."""
-    for tensor in tensors:
-        _advise(*_pages(tensor), mmap.MADV_WILLNEED)
-
-
 def let_go(tensors: Sequence[Tensor]) -> None:
-    """These mapped tensors are not needed here any more: their pages stay in the page cache, but are not ours.
-
-    What they hold is undefined from here on if they are no mapped file's.
-    """
+    """These views of mapped files are not needed here for now: their pages stay in the page cache, but are not ours."""
     for tensor in tensors:
         address, size = tensor.data_ptr(), tensor.nbytes
         first, last = -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
         if last > first:  # whole pages only: a neighbour may use the others
-            _advise(first, last - first, mmap.MADV_DONTNEED)
-
-
-def _pages(tensor: Tensor) -> tuple[int, int]:
-    """Address and size of the pages that a tensor lies on."""
-    first = tensor.data_ptr() // PAGE * PAGE
-    return first, -(-(tensor.data_ptr() + tensor.nbytes - first) // PAGE) * PAGE
-
-
-def _resident(address: int, size: int) -> bool:
-    found = (ctypes.c_ubyte * (size // PAGE))()
-    failed = _LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), found)
-    return not failed and all(page & 1 for page in found)
-
-
-def _advise(address: int, size: int, advice: int) -> None:
-    _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))

@@ -1,0 +1,66 @@
+"""Experts that come and go, in real processes: the bits of one instance that holds them all, whatever the budget."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from shared.cli.children import ChildDied
+from tests.mesh import RunningMesh, running_mesh
+
+FAR = {"experts-0": "far", "experts-1": "far"}
+MOST_LOOKS = 20
+"""Each takes longer than a second."""
+PROMPT = "And the LORD spake unto Moses, saying, "
+BODIES: list[dict[str, Any]] = [
+    {"prompt": PROMPT * (1 + 2 * i), "max_tokens": 20 + 5 * i, "temperature": i % 2, "seed": i, "logprobs": 2}
+    for i in range(4)
+]
+
+
+def outputs(mesh: RunningMesh) -> list[Any]:
+    """Text, tokens and log-probabilities of all requests, which run at the same time."""
+    with ThreadPoolExecutor(len(BODIES)) as pool:
+        answers = list(pool.map(lambda body: mesh.complete(ignore_eos=True, **body), BODIES))
+    return [answer["choices"] for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[list[Any]]:
+    """What one instance gives that holds every expert itself."""
+    with running_mesh(attention=1, experts=0, mesh="elastic-alone") as mesh:
+        yield outputs(mesh)
+
+
+@pytest.mark.parametrize(
+    ("attention", "nodes", "settings"),
+    [(1, {}, {"eviction": "lru"}), (2, FAR, {"phase": "relay", "group_wait": "0.5"})],
+    ids=["one", "relay"],
+)
+def test_a_model_larger_than_the_memory_for_experts_gives_the_same_bits(alone, attention, nodes, settings):
+    settings = settings | {"expert_memory": "1500kB"}
+    with running_mesh(nodes, attention=attention, experts=2, mesh="elastic", settings=settings) as mesh:
+        for _ in range(2):
+            assert outputs(mesh) == alone
+        for i in range(2):
+            seen = mesh.metrics_of(f"experts-{i}")
+            assert seen("moemesh_replicas") <= seen("moemesh_expert_slots") == 15
+            assert 0 < seen("moemesh_expert_calls_waited_total") < seen("moemesh_expert_calls_total")
+
+
+def test_experts_that_nobody_calls_are_stopped_and_come_back(alone):
+    settings = {"expert_memory": "20MB", "keep_alive": "1"}
+    with running_mesh({}, attention=1, experts=1, mesh="elastic-idle", settings=settings) as mesh:
+        assert outputs(mesh) == alone
+        seen = (mesh.metrics_of("experts-0")("moemesh_replicas") for _ in range(MOST_LOOKS))
+        assert 0 in seen, "nobody was stopped"
+        assert outputs(mesh) == alone
+
+
+def test_a_budget_below_one_row_is_refused_with_the_least_that_works():
+    with (
+        pytest.raises(ChildDied, match=r"--expert-memory.*a row needs 4: at least 393216"),
+        running_mesh({}, attention=1, experts=1, mesh="elastic-small", settings={"expert_memory": "300kB"}),
+    ):
+        pass
