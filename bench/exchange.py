@@ -39,7 +39,7 @@ NO_WAIT = Setup()
 ATTENTION_NODES = EXPERT_NODES = 2
 PER_NODE = 4
 FIXED = [f"{phase}/{gate}" for phase in ("one", "direct", "relay") for gate in ("experts", "attention")]
-LEARNING = 26
+LEARNING = 80
 """Steps in which the adaptive choice has had its trials."""
 STEPS = 4
 

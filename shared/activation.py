@@ -105,6 +105,11 @@ def schedule_activations(
     return Schedule(replicas, load[: live.bit_length()])
 
 
+def compile_choice() -> None:
+    """Compile what ``schedule_activations`` runs, or load it from the cache on disk."""
+    schedule_activations(np.zeros((1, 1), np.int32), np.ones(1, np.uint64), live=1)
+
+
 def choose_replicas(
     ids: NDArray[np.int32], homes: NDArray[np.uint64], live: int, policy: Policy = Policy.ACTIVATED
 ) -> NDArray[np.int32]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from shared.elastic.residency import Eviction
 from shared.errors import ConfigError
 from shared.scheduling.policies import Policy
 
@@ -75,6 +76,19 @@ class AttentionConfig(MeshConfig):
 @dataclass(frozen=True)
 class ExpertsConfig(MeshConfig):
     slots: int = setting(0, "most replicas on this instance; 0: no limit")
+    expert_memory: str = setting(
+        "", "memory for experts, e.g. 6GiB: homes beyond it come and go with the load; empty: all homes stay loaded"
+    )
+    expert_store: Literal["auto", "shared", "private"] = setting(
+        "auto",
+        "shared: experts are read where the checkpoint is mapped, for all of a host; private: copied; auto: by need",
+    )
+    predictor: str = setting(
+        "", "directory of load predictors; empty: the embedded model's own; none: nothing is foreseen"
+    )
+    predict_ahead: int = setting(1, "layers ahead for which experts are started")
+    eviction: Eviction = setting(Eviction.FORESEEN, "who makes room: foreseen (called last), lru (called longest ago)")  # noqa: RUF009
+    keep_alive: float = setting(600.0, "seconds after its last call when an expert is stopped; 0: never")
     max_batched_tokens: int = setting(512, "most rows in one exchange; must be the attention pool's")
     dtype: str = setting(
         "auto", "compute dtype: auto (the checkpoint's), float32, bfloat16; must be the same in both pools"

@@ -166,11 +166,14 @@ def _gating(way: Way) -> float:
 
 UNDISTURBED = 4
 """Steps of a size before its first trial."""
-CANDIDATES = 3
 HOPELESS = 3.0
 """Ways that are estimated to take so many times the best are not tried."""
-ROUNDS = 5
+ROUNDS = 4
 """Steps of each candidate in a trial, in turns; the first does not count."""
+CLOSE = 1.25
+"""Candidates that took at most so many times the best go on to the final,"""
+FINAL = 12
+"""until each has had so many steps."""
 TRIAL_EVERY = 4096
 WINS = 0.97
 DRIFT = 1.5
@@ -199,9 +202,18 @@ class _Size:
     def in_trial(self) -> bool:
         return len(self.candidates) > 1 and self.steps >= UNDISTURBED
 
+    def contenders(self) -> list[Way]:
+        """Ways that have steps left in the trial; none: it is over."""
+        if first := [way for way in self.candidates if len(self.times.get(way, ())) < ROUNDS]:
+            return first
+        early = {way: median(times[1:ROUNDS]) for way, times in self.times.items()}
+        limit = CLOSE * min(early.values())
+        finalists = [way for way in self.candidates if early[way] <= limit]
+        return [way for way in finalists if len(self.times[way]) < FINAL] if len(finalists) > 1 else []
+
     def turn(self) -> Way:
         """Whose turn it is in a trial."""
-        return min(self.candidates, key=lambda way: len(self.times.get(way, ())))
+        return min(self.contenders(), key=lambda way: len(self.times.get(way, ())))
 
 
 class Row(NamedTuple):
@@ -246,10 +258,9 @@ class Ways:
         if way not in size.candidates:  # whoever formed the group chose it by another table
             return
         if size.in_trial:
-            times = size.times.setdefault(way, [])
-            if len(times) < ROUNDS:
-                times.append(seconds)
-            if all(len(size.times.get(way, ())) >= ROUNDS for way in size.candidates):
+            if way in size.contenders():
+                size.times.setdefault(way, []).append(seconds)
+            if not size.contenders():
                 self._decide(size)
             return
         size.steps += 1
@@ -284,7 +295,7 @@ class Ways:
         ranked = sorted(costs, key=lambda way: costs[way])
         if shape.members == 1 and all(node.near for node in shape.nodes):
             return [SOLO._replace(gate=self._gate or Gate.EXPERTS)]  # nothing to save: no trials
-        return [way for way in ranked[:CANDIDATES] if costs[way] <= HOPELESS * costs[ranked[0]]]
+        return [way for way in ranked if costs[way] <= HOPELESS * costs[ranked[0]]]
 
     @staticmethod
     def _decide(size: _Size) -> None:

@@ -6,7 +6,7 @@ Runs in the compute thread. Whether a frame is answered at all is judged in serv
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.experts.assembly import Assembly
-from services.experts.compute import answer, answer_routed
+from services.experts.compute import Plan, answer, carry_out, plan_parts, plan_routed
 from services.experts.relay import Relay
 from shared.activation import PARTS, Choice, layer_homes
 from shared.errors import MoemeshError
-from shared.exchange_frames import MASK_BYTES, Routes, read_mask
+from shared.exchange_frames import MASK_BYTES, Flag, Routes, read_mask
 from shared.messages import Placement
 from shared.models.moe import ExpertLayer
 from shared.pace import Pace
@@ -91,6 +91,15 @@ class ServerStats:
     busy_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What was done before an answer is begun."""
+
+    plan: Plan
+    done: Tensor | None = None
+    """fp32 [P, H]: parts that are computed already."""
+
+
 class Answers:
     """Computes and sends. ``relay``: merges the replies of this node's instances; the others as in ``ExpertServer``."""
 
@@ -112,23 +121,45 @@ class Answers:
         self.stats = ServerStats(np.zeros((len(layers), 2, limits.experts), np.int64))
         self._counts = dict(zip(sorted(layers), self.stats.by_expert, strict=True))
 
-    def alone(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
+    def converted(self, rows: Tensor) -> Tensor:
+        """In the dtype that is computed in."""
+        return rows.to(self._limits.dtype)
+
+    def plan(self, header: Header, rows: Tensor, meta: NDArray[np.uint8], placement: KnownPlacement) -> Plan:
+        """Which parts of ``rows`` (converted) are ours; stays valid. Raises NoLiveHome, BadFrame."""
+        layer, homes = self._layers[header.layer], placement.homes[header.layer]
+        if header.kind == FrameKind.ROUTED:
+            routes = meta[MASK_BYTES:] if header.flags & Flag.RELAY else meta
+            given = Routes.read(routes, header.rows, self._limits.top_k)
+            return plan_routed(layer, given, homes, placement.instance, header.digest)
+        plan = plan_parts(layer, rows, Choice(homes, header.live, placement.instance, placement.policy))
+        return replace(plan, ids=plan.ids.copy())
+
+    def alone(
+        self, peer: Peer, incoming: Incoming, placement: KnownPlacement, prepared: Prepared | None = None
+    ) -> None:
         """Compute the parts of a frame's rows that are ours, and send them back."""
         header, begun = incoming.header, time.time_ns()
         most = header.rows * self._limits.top_k
         frame = self._transport.outgoing(most * PARTS.itemsize, most, self._limits.hidden, torch.float32)
-        parts, digest = self._compute(header, incoming.rows, incoming.meta, placement, frame.meta, frame.rows)
+        room = frame.meta, frame.rows
+        parts, digest = self._compute(header, incoming.rows, incoming.meta, placement, *room, prepared)
         self._send(peer, header, frame, parts, digest)
         self._end(begun, header, parts)
 
     def group(
-        self, assembly: Assembly, header: Header, placement: KnownPlacement, peers: Mapping[int, tuple[bytes, Peer]]
+        self,
+        assembly: Assembly,
+        header: Header,
+        placement: KnownPlacement,
+        peers: Mapping[int, tuple[bytes, Peer]],
+        prepared: Prepared | None = None,
     ) -> None:
         """Compute for all members at once; each gets the parts of its own rows."""
         most, begun = len(assembly.rows) * self._limits.top_k, time.time_ns()
         meta = np.empty(most * PARTS.itemsize, np.uint8)
         rows = torch.empty(most, self._limits.hidden, device=assembly.rows.device)
-        count, digest = self._compute(header, assembly.rows, meta[:0], placement, meta, rows)
+        count, digest = self._compute(header, assembly.rows, meta[:0], placement, meta, rows, prepared)
         parts = meta.view(PARTS)[:count]
         for sender, asked in assembly.asked.items():
             known, first = peers.get(sender), assembly.firsts[sender]
@@ -143,7 +174,7 @@ class Answers:
             self._send(known[1], asked, frame, len(theirs), digest)
         self._end(begun, header, count)
 
-    def node(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
+    def node(self, peer: Peer, incoming: Incoming, placement: KnownPlacement, prepared: Prepared | None = None) -> None:
         """Pass the rows on to other instances of this node, compute our own parts, and let the relay merge."""
         header, mask = incoming.header, read_mask(incoming.meta)
         others = {
@@ -156,7 +187,8 @@ class Answers:
         meta = relayed.frame.meta[: most * PARTS.itemsize]
         routes = incoming.meta[MASK_BYTES:]
         try:
-            parts, digest = self._compute(header, incoming.rows, routes, placement, meta, relayed.frame.rows)
+            room = meta, relayed.frame.rows
+            parts, digest = self._compute(header, incoming.rows, routes, placement, *room, prepared)
         except MoemeshError:
             self._relay.drop(relayed)
             raise
@@ -171,16 +203,16 @@ class Answers:
         placement: KnownPlacement,
         meta: NDArray[np.uint8],
         out: Tensor,
+        prepared: Prepared | None,
     ) -> tuple[int, int]:
         """Write our parts to ``meta`` and ``out``; returns their number and the digest of the exchange."""
         layer, counts, began = self._layers[header.layer], self._counts[header.layer], time.monotonic()
-        rows, homes = rows.to(self._limits.dtype), placement.homes[header.layer]
-        if header.kind == FrameKind.ROUTED:
+        rows, homes = self.converted(rows), placement.homes[header.layer]
+        if prepared is None and header.kind == FrameKind.ROUTED:
             given = Routes.read(routes, header.rows, self._limits.top_k)
-            parts, digest = (
-                answer_routed(layer, rows, given, homes, placement.instance, meta, out, counts),
-                header.digest,
-            )
+            prepared = Prepared(plan_routed(layer, given, homes, placement.instance, header.digest))
+        if prepared:
+            parts, digest = carry_out(prepared.plan, layer, rows, meta, out, counts, prepared.done)
         else:
             choice = Choice(homes, header.live, placement.instance, placement.policy)
             parts, digest = answer(layer, rows, choice, meta, out, counts)

@@ -4,7 +4,8 @@ All of it happens in the compute thread, to which the data plane belongs from th
 """
 
 import os
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,17 +13,25 @@ import numpy as np
 import torch
 
 from services.experts.answers import Record, ServerLimits
-from services.experts.compute import answer, answer_routed, plan_parts
+from services.experts.compute import answer, carry_out, plan_parts, plan_routed
+from services.experts.elastic import Elastic
+from services.experts.elastic_store import ElasticStore
 from services.experts.server import ExpertServer
+from services.experts.starts import Starts
 from services.experts.store import ExpertStore
 from shared.activation import PARTS, Choice
 from shared.compute import ComputeSide
-from shared.config import ExpertsConfig
+from shared.config import ExpertsConfig, parse_bytes
+from shared.elastic.residency import Residency
+from shared.errors import ConfigError
 from shared.exchange_frames import Routes
 from shared.keep_awake import KeepAwake
 from shared.kernels.base import select_kernels
-from shared.models.moe import MoeLayer
+from shared.kernels.weights import Weight
+from shared.models.loader import Checkpoint
+from shared.models.moe import MoeLayer, expert_weights
 from shared.models.precision import choose_precision
+from shared.models.slots import DeviceSlots, HostSlots, tensors_of
 from shared.models.spec import ModelSpec
 from shared.pace import Pace
 from shared.transport.base import Transport
@@ -39,10 +48,13 @@ class Built:
     awake: KeepAwake
     cores: tuple[int, ...]
     """Of the compute thread, on a CPU."""
+    elastic: Elastic | None
 
     def run(self) -> None:
         """The compute thread's work until ``server.stop``."""
-        with closing(self.transport), closing(self.awake), torch.inference_mode():
+        with ExitStack() as stack, torch.inference_mode():
+            for part in (self.transport, self.awake, self.elastic):
+                stack.callback(part.close) if part else None
             self.server.run()
 
 
@@ -59,6 +71,7 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         warm_up(make(spec.moe_layers[0]), spec, device, dtype)
     transport, pace = side.data_plane(config.max_batched_tokens, config.ucx_tls)
     awake = side.keep_awake()
+    elastic = make_elastic(config, side, layers, dtype, transport.wake) if is_elastic(config) else None
     server = ExpertServer(
         transport,
         layers,
@@ -68,16 +81,56 @@ def build(config: ExpertsConfig, side: ComputeSide, record: Record) -> Built:
         record=record,
         pace=pace,
         awake=awake,
+        elastic=elastic,
     )
-    store = ExpertStore(
-        layers,
-        instance=side.instance.id,
-        slots=config.slots,
-        digest=checkpoint.digest,
-        experts=spec.router.experts,
-    )
+    facts = {"instance": side.instance.id, "digest": checkpoint.digest, "experts": spec.router.experts}
+    if elastic:
+        store: ExpertStore = ElasticStore(layers, elastic, server.house, **facts)
+    else:
+        store = ExpertStore(layers, slots=config.slots, **facts)
     cores = tuple(sorted(os.sched_getaffinity(0))) if device.type == "cpu" else ()
-    return Built(server, store, transport, pace, awake, cores)
+    return Built(server, store, transport, pace, awake, cores, elastic)
+
+
+def is_elastic(config: ExpertsConfig) -> bool:
+    """Whether experts come and go, or at least lie in memory of this instance's own."""
+    return bool(config.expert_memory) or config.expert_store == "private"
+
+
+def make_elastic(
+    config: ExpertsConfig,
+    side: ComputeSide,
+    layers: Mapping[int, MoeLayer],
+    dtype: torch.dtype,
+    wake: Callable[[], None],
+) -> Elastic:
+    """Raises ConfigError for a budget that is too small, ModelError for predictors of another model."""
+    checkpoint, device, spec = side.checkpoint, side.device, side.checkpoint.spec
+    like = expert_weights(checkpoint, spec.moe_layers[0], 0, device, dtype)
+    count = slot_count(config.expert_memory, spec, sum(tensor.nbytes for tensor in tensors_of(like)))
+    slots = HostSlots(count, like) if device.type == "cpu" else DeviceSlots(count, device)
+
+    def read(opened: Checkpoint, layer: int, expert: int) -> tuple[Weight, ...]:
+        return expert_weights(opened, layer, expert, torch.device("cpu"), dtype)
+
+    starts = Starts(partial(Checkpoint, checkpoint.source), read, slots, wake)
+    residency = Residency(len(layers), spec.router.experts, count, config.eviction)
+    return Elastic(layers, residency, starts, slots, keep_alive=config.keep_alive)
+
+
+def slot_count(memory: str, spec: ModelSpec, expert_bytes: int) -> int:
+    """How many experts the budget holds; all of the model's at most. Raises ConfigError when one row needs more."""
+    every, row = len(spec.moe_layers) * spec.router.experts, spec.router.top_k
+    if not memory:
+        return every
+    name = "--expert-memory"
+    count = parse_bytes(name, memory) // expert_bytes
+    if count < row:
+        raise ConfigError(
+            name,
+            f"{memory} holds {count} experts of {expert_bytes} bytes; a row needs {row}: at least {row * expert_bytes}",
+        )
+    return min(count, every)
 
 
 def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
@@ -93,4 +146,4 @@ def warm_up(layer: MoeLayer, spec: ModelSpec, device: torch.device, dtype: torch
         answer(layer, x, everywhere, *room, counts)
         weights, ids = (tensor.numpy(force=True).copy() for tensor in layer.gate(x))
         routes = Routes(np.arange(rows, dtype=np.int32), ids, np.zeros_like(ids), weights)
-        answer_routed(layer, x, routes, everywhere.homes, 0, *room, counts)
+        carry_out(plan_routed(layer, routes, everywhere.homes, 0, 0), layer, x, *room, counts)

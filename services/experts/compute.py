@@ -16,6 +16,22 @@ from shared.exchange_frames import Routes
 from shared.models.moe import ExpertLayer, compute_parts, weights_of_sum
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one instance does in an exchange of T rows."""
+
+    parts: Parts
+    """Their tokens are rows of the frame."""
+    weights: NDArray[np.float32]
+    """Of the parts in their sum."""
+    digest: int
+    """Of the choices for all rows, the same on every instance."""
+    ids: NDArray[np.int32]
+    """[T, k]: all choices of the rows."""
+    tokens: NDArray[np.int32]
+    """Of the parts, as the reply names them."""
+
+
 def answer(
     layer: ExpertLayer,
     rows: Tensor,
@@ -36,26 +52,32 @@ def answer(
     at_once = layer.answering(rows)
     if at_once is not None:
         return at_once(rows, choice, meta, out, counts)
-    plan = plan_parts(layer, rows, choice)
+    return carry_out(plan_parts(layer, rows, choice), layer, rows, meta, out, counts)
+
+
+def carry_out(
+    plan: Plan,
+    layer: ExpertLayer,
+    rows: Tensor,
+    meta: NDArray[np.uint8],
+    out: Tensor,
+    counts: NDArray[np.int64],
+    done: Tensor | None = None,
+) -> tuple[int, int]:
+    """What ``answer`` does once it is known which parts are ours. ``done`` fp32 [P, H]: their rows, if computed."""
     parts = len(plan.weights)
-    compute_parts(layer, rows, plan.parts, out[:parts])
-    write_parts(meta[: parts * PARTS.itemsize], plan.parts.tokens, plan.parts.experts, plan.weights)
+    if done is None:
+        compute_parts(layer, rows, plan.parts, out[:parts])
+    else:
+        out[:parts] = done
+    write_parts(meta[: parts * PARTS.itemsize], plan.tokens, plan.parts.experts, plan.weights)
     meta[parts * PARTS.itemsize :] = 0
     count_parts(counts, plan.parts)
     return parts, plan.digest
 
 
-def answer_routed(
-    layer: ExpertLayer,
-    rows: Tensor,
-    routes: Routes,
-    homes: NDArray[np.uint64],
-    instance: int,
-    meta: NDArray[np.uint8],
-    out: Tensor,
-    counts: NDArray[np.int64],
-) -> int:
-    """Compute the P parts of an instance of rows [R, H] as ``routes`` say. Returns P; see ``answer``.
+def plan_routed(layer: ExpertLayer, routes: Routes, homes: NDArray[np.uint64], instance: int, digest: int) -> Plan:
+    """The parts of an instance as ``routes`` say; tokens of parts are rows of the frame.
 
     Raises NoLiveHome when an expert has no home here, BadFrame when an id is none of an expert.
     """
@@ -65,13 +87,7 @@ def answer_routed(
     strangers = parts.experts[homes[parts.experts] >> np.uint64(instance) & np.uint64(1) == 0]
     if len(strangers):
         raise NoLiveHome(int(strangers[0]))
-    count = len(parts.tokens)
-    compute_parts(layer, rows, parts, out[:count])
-    tokens = routes.tokens[parts.tokens]
-    write_parts(meta[: count * PARTS.itemsize], tokens, parts.experts, weights_of_sum(layer, parts))
-    meta[count * PARTS.itemsize :] = 0
-    count_parts(counts, parts)
-    return count
+    return Plan(parts, weights_of_sum(layer, parts), digest, routes.ids, routes.tokens[parts.tokens])
 
 
 def count_parts(counts: NDArray[np.int64], parts: Parts) -> None:
@@ -80,23 +96,12 @@ def count_parts(counts: NDArray[np.int64], parts: Parts) -> None:
     counts[1, np.unique(parts.experts)] += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one instance does in an exchange."""
-
-    parts: Parts
-    weights: NDArray[np.float32]
-    """Of the parts in their sum."""
-    digest: int
-    """Of the choices for all rows, the same on every instance."""
-
-
 def plan_parts(layer: ExpertLayer, rows: Tensor, choice: Choice) -> Plan:
     """Gate rows [T, H] and pick the parts of an instance. Raises NoLiveHome."""
     if len(rows) == 0:
         nothing = np.empty(0, np.int32)
         none = Parts(nothing, nothing, np.empty(0, np.float32))
-        return Plan(none, none.weights, 0)
+        return Plan(none, none.weights, 0, nothing[:, None], nothing)
     weights, ids = (tensor.numpy(force=True) for tensor in layer.gate(rows))
     parts, digest = plan_exchange(ids, weights, choice)
-    return Plan(parts, weights_of_sum(layer, parts), digest)
+    return Plan(parts, weights_of_sum(layer, parts), digest, ids, parts.tokens)

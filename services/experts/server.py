@@ -12,7 +12,9 @@ from concurrent.futures import Future
 
 from services.experts.answers import Answers, KnownPlacement, Record, Refused, ServerLimits
 from services.experts.assembly import Assemblies
+from services.experts.elastic import Elastic
 from services.experts.relay import Neighbour, Relay
+from services.experts.waiting import Question, Waiting
 from shared.activation import NoLiveHome
 from shared.errors import BadFrame, TransportError
 from shared.exchange_frames import Flag, Share
@@ -35,6 +37,7 @@ class ExpertServer:
         record: see ``Record``.
         pace: how long an exchange takes at least.
         awake: held while exchanges arrive.
+        elastic: experts that come and go; None: all homes are resident.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ExpertServer:
         record: Record | None = None,
         pace: Pace = UNPACED,
         awake: KeepAwake | None = None,
+        elastic: Elastic | None = None,
     ) -> None:
         self._transport = transport
         self._layers = layers
@@ -61,6 +65,8 @@ class ExpertServer:
         self._placements: dict[int, KnownPlacement] = {}  # by version; a new epoch may write it again, unchanged
         self._peers: dict[int, tuple[bytes, Peer]] = {}  # by incarnation
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
+        self._elastic = elastic
+        self._waiting = Waiting(elastic, self._answers) if elastic else None
         self._stopped = threading.Event()
         self._last_frame = 0.0
         self.stats = self._answers.stats
@@ -71,6 +77,10 @@ class ExpertServer:
         """Answer exchanges of these placements only; done when no exchange of another one is being computed."""
         table = {known.version: known for known in placements}
         return self._order(lambda: setattr(self, "_placements", table))
+
+    def house(self, homes: Mapping[int, frozenset[int]]) -> Future[None]:
+        """Layer -> experts that have a home here from now on: others that are resident are stopped. If elastic."""
+        return self._order(lambda: self._elastic.adopt(homes) if self._elastic else None)
 
     def meet(self, neighbours: Mapping[str, Neighbour]) -> Future[None]:
         """These are the other expert instances of this node, by id."""
@@ -102,6 +112,8 @@ class ExpertServer:
             done.set_result(None)
 
     def _detach(self, gone: frozenset[int]) -> None:
+        if self._waiting:
+            self._waiting.forget(gone)
         for incarnation in gone & self._peers.keys():
             self._transport.disconnect(self._peers.pop(incarnation)[1])
         for incarnation in gone:
@@ -114,6 +126,8 @@ class ExpertServer:
         """Serve until ``stop``; the caller closes the transport."""
         while not self._stopped.is_set():
             self._obey()
+            if self._waiting:
+                self._answer_all(self._waiting.due())
             incoming = self._transport.receive(IDLE_S, busy=self.idle_for() < BUSY_S)
             if incoming is None:
                 self._awake.release()
@@ -123,13 +137,13 @@ class ExpertServer:
         self._obey()
 
     def _take(self, incoming: Incoming) -> None:
-        header = incoming.header
+        header, kept = incoming.header, False
         self._last_frame = start = time.monotonic()
         try:
             if header.mesh != self._mesh:
                 self.stats.dropped["foreign"] += 1
             elif header.kind in (FrameKind.DISPATCH, FrameKind.ROUTED):
-                self._dispatch(incoming)
+                kept = self._dispatch(incoming)
             elif header.kind in (FrameKind.COMBINE, FrameKind.REFUSAL):
                 self._drop(self._relay.take(incoming))
             elif header.kind == FrameKind.PING:
@@ -139,7 +153,8 @@ class ExpertServer:
             else:
                 self._drop("unexpected")
         finally:
-            incoming.release()
+            if not kept:
+                incoming.release()
             self.stats.busy_s += time.monotonic() - start
 
     def _drop(self, reason: str) -> None:
@@ -167,22 +182,35 @@ class ExpertServer:
             self._transport.disconnect(known[1])
         self._peers[sender] = (address, peer)
 
-    def _dispatch(self, incoming: Incoming) -> None:
+    def _dispatch(self, incoming: Incoming) -> bool:
+        """Answer or refuse. True: the frame is kept until its experts are there."""
         header = incoming.header
         self.stats.frames[FrameKind(header.kind).name.lower()] += 1
         known = self._peers.get(header.sender)
         if known is None:  # its next attempt starts with a HELLO
             self.stats.dropped["unknown_sender"] += 1
-            return
+            return False
         self.stats.bytes_received += header.row_bytes
+        return not self._settle(Question(known[1], incoming))
+
+    def _answer_all(self, questions: Iterable[Question]) -> None:
+        """Those whose experts may be there by now; the others go on waiting."""
+        for question in questions:
+            if self._settle(question):
+                question.incoming.release()
+
+    def _settle(self, question: Question) -> bool:
+        """Answer a frame or refuse it. False: it waits."""
+        header = question.incoming.header
         try:
-            self._serve(known[1], incoming, self._judge(header))
+            return self._serve(question, self._judge(header))
         except Refused as refused:
-            self._refuse(known[1], header, refused.code, str(refused))
+            self._refuse(question.peer, header, refused.code, str(refused))
         except BadFrame as error:
-            self._refuse(known[1], header, Refusal.BAD_REQUEST, str(error))
+            self._refuse(question.peer, header, Refusal.BAD_REQUEST, str(error))
         except NoLiveHome as error:
-            self._refuse(known[1], header, Refusal.NO_HOME, str(error))
+            self._refuse(question.peer, header, Refusal.NO_HOME, str(error))
+        return True
 
     def _judge(self, header: Header) -> KnownPlacement:
         """The placement that a frame names. Raises Refused, BadFrame when this model can never answer the frame."""
@@ -200,17 +228,25 @@ class ExpertServer:
             raise Refused(Refusal.NO_HOME, f"placement {header.placement} has no homes here")
         return placement
 
-    def _serve(self, peer: Peer, incoming: Incoming, placement: KnownPlacement) -> None:
-        """Answer a frame on its own, as a share of a group's exchange, or for this whole node."""
+    def _serve(self, question: Question, placement: KnownPlacement) -> bool:
+        """Answer a frame on its own, as a share of a group's exchange, or for this whole node. False: it waits."""
+        peer, incoming = question.peer, question.incoming
         header = incoming.header
-        if header.flags & Flag.SHARE:
-            assembly = self._assemblies.add(header, Share.read(incoming.meta), incoming.rows)
-            if assembly:
-                self._answers.group(assembly, header, placement, self._peers)
+        if header.flags & Flag.SHARE and question.assembly is None:
+            question.assembly = self._assemblies.add(header, Share.read(incoming.meta), incoming.rows)
+            if question.assembly is None:
+                return True
+        if self._waiting and not self._waiting.ready(question, placement):
+            return False
+        if question.assembly:
+            self._answers.group(question.assembly, header, placement, self._peers, question.prepared)
         elif header.flags & Flag.RELAY:
-            self._answers.node(peer, incoming, placement)
+            self._answers.node(peer, incoming, placement, question.prepared)
         else:
-            self._answers.alone(peer, incoming, placement)
+            self._answers.alone(peer, incoming, placement, question.prepared)
+        if self._waiting:
+            self._waiting.answered(question)
+        return True
 
     def _refuse(self, peer: Peer, header: Header, code: Refusal, problem: str) -> None:
         self.stats.refused[code.name.lower()] += 1

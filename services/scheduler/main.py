@@ -1,11 +1,12 @@
 """The scheduler process: membership in, placement out."""
 
+import asyncio
 import os
 import sys
 
-from services.scheduler.reconciler import Reconciler
 from shared.config import SchedulerConfig, load_config
 from shared.errors import ConfigError
+from shared.kernels.threads import thread_environment
 from shared.lifecycle import Instance, run
 from shared.messages import Kind
 
@@ -27,9 +28,14 @@ def check(config: SchedulerConfig) -> None:
 
 async def serve(config: SchedulerConfig) -> None:
     """Run one scheduler until it is told to stop. Raises ConfigError, BusUnavailable."""
+    # Imported here: numba reads the environment that main has set.
+    from services.scheduler.reconciler import Reconciler
+    from shared.activation import compile_choice
+
     check(config)
     async with Instance(Kind.SCHEDULER, config) as instance:
         reconciler = await Reconciler.start(instance, config)
+        await asyncio.to_thread(compile_choice)  # seconds, the first time on a host: not when a rebalance needs it
         await instance.ready(reconciler.facts)
         await instance.until_stopped()
         await reconciler.stop()
@@ -37,6 +43,7 @@ async def serve(config: SchedulerConfig) -> None:
 
 def main(config: SchedulerConfig) -> int:
     """Returns the exit status."""
+    os.environ.update(thread_environment(1, os.environ))
     return run(serve(config), config)
 
 

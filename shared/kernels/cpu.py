@@ -246,20 +246,23 @@ class CpuKernels(RowKernels):
         """Logical id -> (gate [I, H], up [I, H], down [H, I]) alike in shape and dtype, and fp32 biases or none."""
         if not isinstance(beside, CpuExpertTable | None):
             raise TypeError("the expert table was made by other kernels")
-        experts = {**(beside.weights if beside else {}), **experts}
-        addresses = np.zeros((max(experts, default=-1) + 1, 6), np.int64)
         if not experts:
-            return CpuExpertTable(addresses, 0, 0, 0, {})
-        first = next(iter(experts.values()))[0]
+            return beside or CpuExpertTable(np.zeros((0, 6), np.int64), 0, 0, 0, {})
+        known = beside.weights if beside else {}
+        first = next(iter((known or experts).values()))[0]
         (inner, width), kind = first.shape, located(first)[1]
         shapes = ((inner, width), (inner, width), (width, inner), (inner,), (inner,), (width,))
+        addresses = np.zeros((max((*known, *experts)) + 1, 6), np.int64)
+        if beside:
+            addresses[: len(beside.addresses)] = beside.addresses[: len(addresses)]
         for expert, weights in experts.items():
             fits = len(weights) in (3, 6) and all(w.shape == s for w, s in zip(weights, shapes, strict=False))
             places = [located(weight) for weight in weights]
             alike = all(other == (kind if i < 3 else KIND_FP32) for i, (_, other) in enumerate(places))
             expect(fits and alike, "expert {}: its weights differ in shape or dtype from others", expert)
             addresses[expert, : len(weights)] = [address for address, _ in places]
-        return CpuExpertTable(addresses, kind, width, inner, {e: tuple(weights) for e, weights in experts.items()})
+        held = {**known, **{e: tuple(weights) for e, weights in experts.items()}}
+        return CpuExpertTable(addresses, kind, width, inner, held)
 
     def experts(
         self, x: Tensor, table: ExpertTable, tokens: Tensor, ids: Tensor, activation: str, out: Tensor

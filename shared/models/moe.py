@@ -1,6 +1,6 @@
 """The routed experts of one layer: its gate, and whichever experts are resident here. Knows no homes and no slots."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -34,6 +34,14 @@ class ExpertLayer(Protocol):
     def answering(self, rows: Tensor) -> Answering | None: ...
 
 
+def expert_weights(
+    checkpoint: Checkpoint, layer: int, expert: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Weight, ...]:
+    """Weights of a routed expert in the order of ``expert_roles``, views where the file allows. Raises ModelError."""
+    roles = expert_roles(checkpoint.spec)
+    return tuple(checkpoint.weight(role, layer, expert, device, dtype) for role in roles)
+
+
 def compute_parts(layer: ExpertLayer, rows: Tensor, parts: Parts, out: Tensor) -> None:
     """out fp32 [P, H] = the parts' experts applied to their rows of rows [T, H], not weighted."""
     if len(parts.tokens):
@@ -62,18 +70,26 @@ class MoeLayer:
         self._answering: dict[int, tuple[ExpertTable, Answering | None]] = {}
         """By number of rows; of the table that was there then."""
         self._table: ExpertTable | None = None
-        self.nbytes = 0
-        """Bytes of the resident experts' weights; on CPU most are mapped."""
 
     @property
     def resident(self) -> frozenset[int]:
         return self._table.resident if self._table else frozenset()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the resident experts' weights; on CPU most are mapped."""
+        table = self._table
+        return table.nbytes if table else 0
+
     def load(self, experts: Iterable[int]) -> None:
         """Make these experts resident, beside those that are already. Raises ModelError for an unknown id."""
         new = sorted(set(experts) - self.resident)
         if new:
-            self._swap(self._kernels.expert_table({e: self._weights(e) for e in new}, self._table))
+            self.hold({e: expert_weights(self._checkpoint, self.layer, e, self._device, self._dtype) for e in new})
+
+    def hold(self, weights: Mapping[int, Sequence[Weight]]) -> None:
+        """Make experts resident whose weights are there already, in the order of ``expert_roles``."""
+        self._swap(self._kernels.expert_table(weights, self._table))
 
     def unload(self, experts: Iterable[int]) -> None:
         """Let go of these experts; those that are not resident are ignored."""
@@ -132,8 +148,3 @@ class MoeLayer:
     def _swap(self, table: ExpertTable) -> None:
         self._table = table if table.resident else None
         self._answering = {}
-        self.nbytes = self._table.nbytes if self._table else 0
-
-    def _weights(self, expert: int) -> list[Weight]:
-        roles = expert_roles(self.spec)
-        return [self._checkpoint.weight(role, self.layer, expert, self._device, self._dtype) for role in roles]

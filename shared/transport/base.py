@@ -55,6 +55,8 @@ class Refusal(IntEnum):
     """The frame is well-formed but wrong for this model."""
     NO_RELAY = 4
     """It cannot be passed on to all instances of this node: ask each of them."""
+    NOT_STARTED = 5
+    """An expert that was chosen cannot be started here."""
 
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)

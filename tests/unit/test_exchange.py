@@ -439,7 +439,7 @@ def test_a_reply_to_an_earlier_attempt_with_the_same_live_mask_counts():
         handle = scripted.ask()
         scripted.parts(*E1_PARTS, sender=101)
         while not handle.attempt:
-            scripted.exchange._wait(handle)
+            scripted.exchange._attempts._wait(handle)
         scripted.parts(*E0_PARTS, attempt=0)
         assert np.array_equal(combine(scripted, handle), RIGHT)
 
@@ -481,8 +481,9 @@ def test_parts_that_do_not_add_up_are_repeated_then_reported(scripted, message, 
 
 def gather_once(scripted: Scripted, handle) -> None:
     while handle.missing:
-        scripted.exchange._wait(handle)
-    scripted.exchange._disagree(handle, scripted.exchange._add(handle, torch.zeros(1, HIDDEN)))
+        scripted.exchange._attempts._wait(handle)
+    attempts = scripted.exchange._attempts
+    attempts._disagree(handle, attempts._add(handle, torch.zeros(1, HIDDEN)))
 
 
 def test_digests_that_disagree_cause_a_repeat_to_all(scripted):

@@ -49,7 +49,7 @@ def test_faults_during_a_placement_switch_change_no_byte(seed, chosen: Rates, lo
         mesh.exchange.update(mesh.view(seen=time.monotonic(), placement=second))
         handle = mesh.exchange.dispatch(LAYERS[0], torch.zeros(2, HIDDEN))
         for _ in range(loaded_after):
-            mesh.exchange._wait(handle)
+            mesh.exchange._attempts._wait(handle)
         mesh.adopt(mesh.placement, second)
         mesh.exchange.update(mesh.view(seen=time.monotonic(), placement=second))
         mesh.check(seed=seed + 1)
@@ -75,7 +75,7 @@ def test_a_lost_refusal_is_asked_for_again():
         mesh.exchange.update(mesh.view(placement=second))
         handle = mesh.exchange.dispatch(LAYERS[0], torch.zeros(1, HIDDEN))
         while not mesh.exchange.stats().refusals["unknown_placement"]:
-            mesh.exchange._wait(handle)
+            mesh.exchange._attempts._wait(handle)
         assert mesh.exchange.stats().repeats["deadline"] >= 1
         mesh.adopt(second)
         mesh.exchange.update(mesh.view(seen=time.monotonic(), placement=second))

@@ -6,6 +6,7 @@ import pytest
 
 from services.attention.ways import (
     DRIFT,
+    FINAL,
     MOST_SIZES,
     NEAR,
     ROUNDS,
@@ -40,7 +41,7 @@ def tried(ways: Ways, of: Shape) -> list[Way]:
     return [row.way for row in ways.table()]
 
 
-def settle(ways: Ways, of: Shape, seconds: dict[Way, float], steps: int = UNDISTURBED + 3 * ROUNDS) -> list[Way]:
+def settle(ways: Ways, of: Shape, seconds: dict[Way, float], steps: int = UNDISTURBED + 6 * FINAL) -> list[Way]:
     """Run so many steps that take what ``seconds`` says; returns the way of each."""
     taken = []
     for _ in range(steps):
@@ -115,7 +116,7 @@ def test_ways_that_cannot_differ_are_not_offered():
 @pytest.mark.parametrize("link", [NEAR, DEAR], ids=["near", "far"])
 def test_fixed_settings_are_honoured_as_far_as_they_make_a_difference(phase, gate, members, link):
     ways, of = Ways(phase, gate), shape(members=members, link=link)
-    for _ in range(UNDISTURBED + 4 * ROUNDS):
+    for _ in range(UNDISTURBED + 6 * FINAL):
         way = ways.choose(of)
         assert gate in (None, way.gate)
         if phase in {w.phase for w in ways_for(of)}:
@@ -133,11 +134,11 @@ def test_one_instance_whose_experts_are_near_has_nothing_to_try():
 # ---- trials -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fastest", range(3))
+@pytest.mark.parametrize("fastest", range(4))
 def test_a_trial_converges_to_what_is_fastest_whatever_was_estimated(fastest):
     ways, of = Ways(), shape()
     candidates = tried(ways, of)
-    assert len(candidates) == 3
+    assert len(candidates) > 3
     seconds = dict.fromkeys(candidates, 0.002) | {candidates[fastest]: 1e-3}
     settle(ways, of, seconds)
     assert settle(ways, of, seconds, 5) == [candidates[fastest]] * 5
@@ -145,11 +146,26 @@ def test_a_trial_converges_to_what_is_fastest_whatever_was_estimated(fastest):
     assert [(row.way, row.measured) for row in chosen] == [(candidates[fastest], 1e-3)]
 
 
-def test_every_candidate_gets_the_same_number_of_rounds():
+def test_every_candidate_is_tried_and_those_that_are_close_go_on_to_the_final():
     ways, of = Ways(), shape()
-    taken = settle(ways, of, dict.fromkeys([ONE, DIRECT, RELAY, *(Way(p, Gate.ATTENTION) for p in Phase)], 1e-3))
-    trial = taken[UNDISTURBED:]
-    assert {trial.count(way) for way in set(trial)} == {ROUNDS}
+    first, second, *slow = tried(ways, of)
+    seconds = {first: 1e-3, second: 1.1e-3} | dict.fromkeys(slow, 2e-3)
+    trial = settle(ways, of, seconds, UNDISTURBED + 2 * FINAL + len(slow) * ROUNDS)[UNDISTURBED:]
+    assert {way: trial.count(way) for way in seconds} == {first: FINAL, second: FINAL} | dict.fromkeys(slow, ROUNDS)
+    assert settle(ways, of, seconds, 5) == [first] * 5
+
+
+def test_a_hiccup_in_the_first_rounds_is_made_good_in_the_final():
+    """Three steps of a candidate are few: the way that is faster in the end had two slow ones among them."""
+    ways, of = Ways(), shape()
+    first, second, *slow = tried(ways, of)
+    steps = dict.fromkeys((first, second, *slow), 0)
+    for _ in range(UNDISTURBED + 6 * FINAL):
+        way = ways.choose(of)
+        steps[way] += ways._size(of).in_trial
+        early = way == first and steps[way] <= ROUNDS
+        ways.observe(of, way, {first: 1.2e-3 if early else 1e-3, second: 1.1e-3}.get(way, 2e-3))
+    assert ways.choose(of) == first
 
 
 def test_a_way_that_fails_every_time_ends_its_trial_and_is_not_taken():
@@ -180,7 +196,7 @@ def test_a_way_that_only_others_choose_in_a_trial_takes_no_memory():
     for _ in range(10_000):
         ways.observe(of, way, 1e-3)
     [size] = ways._sizes.values()
-    assert sum(map(len, size.times.values())) <= ROUNDS
+    assert sum(map(len, size.times.values())) <= FINAL
 
 
 def in_trial(ways: Ways, of: Shape, way: Way, seconds: float, steps: int) -> bool:
@@ -212,8 +228,8 @@ def test_a_trial_is_repeated_now_and_then():
     ways, of = Ways(), shape()
     settle(ways, of, dict.fromkeys(tried(ways, of), 1e-3))
     way = ways.choose(of)
-    assert not in_trial(ways, of, way, 1e-3, TRIAL_EVERY - 10)
-    assert in_trial(ways, of, way, 1e-3, 20)
+    assert not in_trial(ways, of, way, 1e-3, TRIAL_EVERY - 6 * FINAL - 10)  # settle has gone on after the first one
+    assert in_trial(ways, of, way, 1e-3, 6 * FINAL + 20)
 
 
 def test_sizes_are_powers_of_two_and_decided_apart():

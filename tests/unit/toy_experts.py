@@ -1,7 +1,7 @@
 """A toy MoE layer and toy kernels for exchange tests: every output row has its own fixed order of operations."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +16,7 @@ from services.attention.mesh_exchange import MeshExchange
 from services.attention.replies import Arrangement
 from services.experts.answers import KnownPlacement, ServerLimits
 from services.experts.compute import plan_parts
+from services.experts.elastic import Elastic
 from services.experts.server import ExpertServer
 from shared.activation import PARTS, Choice, write_parts
 from shared.kernels.base import Kernels
@@ -162,12 +163,22 @@ def compile_exchange() -> None:
     Arrangement(TOP_K).fill(1, [(0, meta)], homes)
 
 
-def start_instance(network: MemoryNetwork, stack: ExitStack, name: str, incarnation: int) -> ToyInstance:
+MakeElastic = Callable[[MemoryTransport], tuple[Mapping[int, "ToyLayer"], Elastic]]
+"""The layers of an instance whose experts come and go, and who sees to that."""
+
+
+def start_instance(
+    network: MemoryNetwork, stack: ExitStack, name: str, incarnation: int, make_elastic: MakeElastic | None = None
+) -> ToyInstance:
     """An expert server in a thread of its own that stops with ``stack``."""
     transport = network.transport(max_frame_bytes=1 << 16)
-    layers = {layer: ToyLayer(layer) for layer in LAYERS}
+    layers, elastic = {layer: ToyLayer(layer) for layer in LAYERS}, None
+    if make_elastic:
+        made, elastic = make_elastic(transport)
+        layers = dict(made)
+        stack.callback(elastic.close)
     compile_exchange()
-    server = ExpertServer(transport, layers, LIMITS, mesh=MESH, incarnation=incarnation)
+    server = ExpertServer(transport, layers, LIMITS, mesh=MESH, incarnation=incarnation, elastic=elastic)
     thread = threading.Thread(target=server.run, name=name, daemon=True)
     thread.start()
 
@@ -190,14 +201,19 @@ def make_exchange(transport: MemoryTransport, **options: Any) -> MeshExchange:
 
 
 @contextmanager
-def toy_mesh(homes: Sequence[Sequence[int]], network: MemoryNetwork | None = None, **options: Any) -> Iterator[ToyMesh]:
+def toy_mesh(
+    homes: Sequence[Sequence[int]],
+    network: MemoryNetwork | None = None,
+    make_elastic: MakeElastic | None = None,
+    **options: Any,
+) -> Iterator[ToyMesh]:
     """A mesh with as many expert instances as ``homes`` names; ``options`` go to the exchange."""
     network = network or MemoryNetwork()
     count = 1 + max(max(hosts) for hosts in homes)
     with ExitStack() as stack:
         attention = network.transport(max_frame_bytes=1 << 16)
         stack.callback(attention.close)
-        instances = [start_instance(network, stack, f"e{i}", 100 + i) for i in range(count)]
+        instances = [start_instance(network, stack, f"e{i}", 100 + i, make_elastic) for i in range(count)]
         placement = make_placement(homes, [i.facts.id for i in instances])
         mesh = ToyMesh(network, placement, instances, make_exchange(attention, **options), attention)
         mesh.adopt(placement)

@@ -1,0 +1,251 @@
+"""Experts that come and go while exchanges are answered: what is missing is started, what will be wanted even before.
+
+Everything here runs in the compute thread, which alone changes tables: what an exchange computes with cannot go
+meanwhile. Which expert makes room for which is decided in shared/elastic/residency.py, bytes are moved in starts.py.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.experts.compute import Plan
+from services.experts.starts import Started, Starts
+from shared.activation import Parts
+from shared.elastic.residency import Residency, Start
+from shared.errors import MoemeshError
+from shared.kernels.weights import Weight
+from shared.models.moe import ExpertLayer, compute_parts
+from shared.models.slots import Slots
+from shared.predictors.base import Predictor
+
+LOOK_S = 1.0
+"""How often idle residents are looked for."""
+
+log = logging.getLogger(__name__)
+
+
+class ElasticLayer(ExpertLayer, Protocol):
+    """What is asked of ``MoeLayer``."""
+
+    def hold(self, weights: Mapping[int, Sequence[Weight]]) -> None: ...
+
+    def unload(self, experts: Iterable[int]) -> None: ...
+
+
+class BrokenExpert(MoemeshError):
+    """An expert cannot be started here; says which and why."""
+
+
+@dataclass
+class ElasticStats:
+    """Counters since the start, written by the compute thread and read by anyone."""
+
+    calls: int = 0
+    """Distinct experts of exchanges, summed over exchanges."""
+    waits: int = 0
+    """Those that were not resident when their exchange came."""
+    starts: Counter[str] = field(default_factory=Counter)
+    """By cause: demand, predicted; and by source: warm, cold."""
+    stops: int = 0
+    failed: int = 0
+    start_bytes: int = 0
+    start_s: float = 0.0
+    wait_s: float = 0.0
+    """Of exchanges for experts."""
+    predict_s: float = 0.0
+
+
+@dataclass
+class Progress:
+    """An exchange whose experts were not all resident when it came."""
+
+    plan: Plan
+    out: Tensor
+    """fp32 [P, H]: the parts that are done."""
+    since: float
+    todo: NDArray[np.bool_]
+    """[P]"""
+
+    def experts(self) -> NDArray[np.int32]:
+        """Those that are still to be called, ascending."""
+        return np.unique(self.plan.parts.experts[self.todo])
+
+
+class Elastic:
+    """The residents of one instance.
+
+    Args:
+        layers: by checkpoint index.
+        slots: as many as the residency's.
+        predictor: of the loads of layers to come; None: nothing is foreseen.
+        distances: at which it is asked.
+        keep_alive: seconds after its last call when an expert is stopped; 0: never.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, ElasticLayer],
+        residency: Residency,
+        starts: Starts,
+        slots: Slots,
+        predictor: Predictor | None = None,
+        distances: Sequence[int] = (1,),
+        keep_alive: float = 0.0,
+    ) -> None:
+        self._layers, self._residency, self._starts, self._slots = layers, residency, starts, slots
+        self._indices = sorted(layers)
+        self._index = {layer: index for index, layer in enumerate(self._indices)}
+        self._free = list(range(slots.count))
+        self._slot: dict[tuple[int, int], int] = {}
+        """Of residents and of those that are loading, by (index of the layer, expert)."""
+        self._predictor, self._distances = predictor, tuple(distances)
+        self._keep_alive, self._look_at = keep_alive, 0.0
+        self.broken: dict[tuple[int, int], str] = {}
+        """(Checkpoint layer, expert) -> why its last start failed."""
+        self.stats = ElasticStats()
+
+    @property
+    def residents(self) -> int:
+        return len(self._slot)
+
+    # ---- exchanges --------------------------------------------------------------------------------------
+
+    def begin(self, layer: int, plan: Plan) -> Progress | None:
+        """An exchange has come. None: all of its experts are resident. Else it waits; see ``go_on``."""
+        experts = np.unique(plan.parts.experts)
+        index, now = self._index[layer], time.monotonic()
+        missing = self._residency.missing(index, experts)
+        self._residency.call(index, experts, now)
+        self.stats.calls += len(experts)
+        self.stats.waits += len(missing)
+        if not len(missing):
+            return None
+        parts = len(plan.parts.experts)
+        return Progress(plan, torch.empty(parts, 0), now, np.ones(parts, np.bool_))
+
+    def go_on(self, layer: int, rows: Tensor, progress: Progress) -> bool:
+        """Compute with who is resident, have the others started. True: all parts are done.
+
+        Raises BrokenExpert.
+        """
+        experts = progress.experts()
+        missing = self._residency.missing(self._index[layer], experts)
+        ready = progress.todo & ~np.isin(progress.plan.parts.experts, missing)
+        if ready.any():
+            self._compute(layer, rows, progress, np.flatnonzero(ready))
+        if progress.todo.any():
+            return False
+        self.stats.wait_s += time.monotonic() - progress.since
+        return True
+
+    def demand(self, layer: int, progress: Progress) -> None:
+        """Have started what an exchange waits for. Raises BrokenExpert when that cannot be."""
+        index, experts = self._index[layer], progress.experts()
+        for expert in experts.tolist():
+            if problem := self.broken.pop((layer, expert), ""):  # asked again, it is tried again
+                raise BrokenExpert(f"expert {expert} of layer {layer} cannot be started: {problem}")
+        for expert in experts.tolist():
+            self._starts.urge(layer, expert)
+        self._order(self._residency.demand(index, experts), urgent=True)
+
+    def _compute(self, layer: int, rows: Tensor, progress: Progress, some: NDArray[np.intp]) -> None:
+        tokens, experts, weights = progress.plan.parts
+        parts = Parts(tokens[some], experts[some], weights[some])
+        if not progress.out.numel():
+            progress.out = torch.empty(len(progress.todo), rows.shape[1], device=rows.device)
+        out = torch.empty(len(some), rows.shape[1], device=rows.device)
+        compute_parts(self._layers[layer], rows, parts, out)
+        progress.out[torch.from_numpy(some)] = out
+        progress.todo[some] = False
+
+    # ---- beside exchanges -------------------------------------------------------------------------------
+
+    def adopt(self, homes: Mapping[int, Iterable[int]]) -> None:
+        """Layer -> experts that have a home here from now on; others are stopped."""
+        table = np.zeros(self._residency.homes.shape, np.bool_)
+        for layer, experts in homes.items():
+            table[self._index[layer], list(experts)] = True
+        self._stop(self._residency.adopt(table))
+
+    def foresee(self, layer: int, rows: Tensor, ids: NDArray[np.int32]) -> None:
+        """Start what layers to come will want for rows [T, H] that chose ids [T, k] at ``layer``."""
+        predictor = self._predictor
+        if predictor is None or not len(rows):
+            return
+        begun, known = time.monotonic(), rows.float().contiguous().numpy(force=True)
+        predictor.observe(layer, ids)
+        for distance in self._distances:
+            if (layer, distance) in predictor.pairs:
+                loads = predictor.loads(layer, distance, known, ids)
+                self._order(self._residency.predict(self._index[layer] + distance, loads), urgent=False)
+        self.stats.predict_s += time.monotonic() - begun
+
+    def collect(self) -> bool:
+        """Take over what has been started, stop what nobody calls. True: exchanges that wait may go on."""
+        self._stop_idle(time.monotonic())
+        ended = self._starts.ended()
+        by_layer: dict[int, dict[int, tuple[Weight, ...]]] = {}
+        for started in ended:
+            if started.problem:
+                self._failed(started)
+            else:
+                by_layer.setdefault(started.layer, {})[started.expert] = started.weights
+                self._count(started)
+        for layer, weights in by_layer.items():
+            self._layers[layer].hold(weights)
+        return bool(ended)
+
+    def close(self) -> None:
+        self._starts.close()
+
+    def _stop_idle(self, now: float) -> None:
+        if self._keep_alive and now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._stop(self._residency.idle(now - self._keep_alive))
+
+    def _order(self, starts: Sequence[Start], urgent: bool) -> None:
+        self._evict([start.victim for start in starts if start.victim])
+        for start in starts:
+            slot = self._slot[start.layer, start.expert] = self._free.pop()
+            self._starts.ask(self._indices[start.layer], start.expert, slot, urgent)
+        self.stats.starts["demand" if urgent else "predicted"] += len(starts)
+
+    def _stop(self, residents: Sequence[tuple[int, int]]) -> None:
+        for layer, expert in residents:
+            self._residency.gone(layer, expert)
+        for slot in self._evict(residents):
+            self._slots.free(slot)
+
+    def _evict(self, residents: Sequence[tuple[int, int]]) -> list[int]:
+        """Take experts out of their tables; returns their slots, which may be filled again."""
+        by_layer: dict[int, list[int]] = {}
+        for layer, expert in residents:
+            by_layer.setdefault(layer, []).append(expert)
+        for layer, experts in by_layer.items():
+            self._layers[self._indices[layer]].unload(experts)
+        slots = [self._slot.pop(resident) for resident in residents]
+        self._free += slots
+        self.stats.stops += len(slots)
+        return slots
+
+    def _failed(self, started: Started) -> None:
+        self.stats.failed += 1
+        self.broken[started.layer, started.expert] = started.problem
+        log.error("expert %d of layer %d cannot be started: %s", started.expert, started.layer, started.problem)
+        resident = self._index[started.layer], started.expert
+        self._residency.gone(*resident)
+        self._free.append(self._slot.pop(resident))
+
+    def _count(self, started: Started) -> None:
+        self._residency.loaded(self._index[started.layer], started.expert, time.monotonic())
+        self.stats.starts["warm" if started.warm else "cold"] += 1
+        self.stats.start_bytes += started.nbytes
+        self.stats.start_s += started.seconds

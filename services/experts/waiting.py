@@ -1,0 +1,101 @@
+"""Exchanges that wait until their experts are resident, while others are answered.
+
+Runs in the compute thread. An exchange is computed piece by piece, as its experts come, so that it needs no more of
+them at a time than there are slots.
+"""
+
+import time
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.experts.answers import Answers, KnownPlacement, Prepared, Refused
+from services.experts.assembly import Assembly
+from services.experts.compute import Plan
+from services.experts.elastic import BrokenExpert, Elastic, Progress
+from shared.transport.base import Incoming, Peer, Refusal
+
+PATIENCE_S = 30.0
+"""Nobody waits for experts longer: who asked has given up before."""
+
+
+@dataclass(eq=False)
+class Question:
+    """A frame that is to be answered."""
+
+    peer: Peer
+    incoming: Incoming
+    assembly: Assembly | None = None
+    """All rows of a group's exchange, if the frame was the last share of one."""
+    plan: Plan | None = None
+    rows: Tensor | None = None
+    """What the plan is about, in the dtype that is computed in."""
+    progress: Progress | None = None
+    """Set while experts are missing."""
+
+    @property
+    def prepared(self) -> Prepared | None:
+        if self.plan is None:
+            return None
+        return Prepared(self.plan, self.progress.out if self.progress and self.progress.out.numel() else None)
+
+
+class Waiting:
+    """The questions that wait, oldest first."""
+
+    def __init__(self, elastic: Elastic, answers: Answers) -> None:
+        self._elastic, self._answers = elastic, answers
+        self._questions: list[Question] = []
+
+    def ready(self, question: Question, placement: KnownPlacement) -> bool:
+        """Whether a question can be answered; else it is kept, and what it lacks is started.
+
+        Raises Refused, NoLiveHome, BadFrame.
+        """
+        header = question.incoming.header
+        if question.plan is None:
+            self._replace(question)
+            given = question.assembly.rows if question.assembly else question.incoming.rows
+            question.rows = self._answers.converted(given)
+            question.plan = self._answers.plan(header, question.rows, question.incoming.meta, placement)
+            question.progress = self._elastic.begin(header.layer, question.plan)
+        progress, rows = question.progress, question.rows
+        if progress is None or rows is None or self._elastic.go_on(header.layer, rows, progress):
+            return True
+        try:
+            self._elastic.demand(header.layer, progress)
+        except BrokenExpert as error:
+            raise Refused(Refusal.NOT_STARTED, str(error)) from error
+        if time.monotonic() - progress.since > PATIENCE_S:
+            raise Refused(Refusal.NOT_STARTED, f"experts were not started within {PATIENCE_S:g} s")
+        self._questions.append(question)
+        return False
+
+    def due(self) -> Iterator[Question]:
+        """Those to look at again, since experts have been started; they have to come back to ``ready``."""
+        if self._elastic.collect():
+            again, self._questions = self._questions, []
+            yield from again
+
+    def answered(self, question: Question) -> None:
+        """Its reply is sent: there is time to look ahead."""
+        if question.plan and question.rows is not None:
+            self._elastic.foresee(question.incoming.header.layer, question.rows, question.plan.ids)
+
+    def forget(self, senders: Container[int]) -> None:
+        """They are gone."""
+        for question in [q for q in self._questions if q.incoming.header.sender in senders]:
+            self._drop(question)
+
+    def _drop(self, question: Question) -> None:
+        self._questions.remove(question)
+        question.incoming.release()
+
+    def _replace(self, question: Question) -> None:
+        """A later attempt takes the place of an earlier one."""
+        new = question.incoming.header
+        for old in list(self._questions):
+            header = old.incoming.header
+            if (header.sender, header.sequence) == (new.sender, new.sequence):
+                self._drop(old)

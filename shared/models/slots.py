@@ -1,0 +1,155 @@
+"""Memory of one's own for a fixed number of experts: weights are copied there from where the checkpoint is mapped.
+
+A slot that is freed gives its pages back to the system. The checkpoint's own pages are let go of after a copy, so that
+they count for nobody; they stay in the page cache, the host memory from which a start is *warm*.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import MoemeshError
+from shared.kernels.weights import Fp8Blocks, Weight
+
+PAGE = mmap.PAGESIZE
+_LINE = 64
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class SlotsMismatch(MoemeshError):
+    """An expert's weights differ in form from those that the slots were made for."""
+
+
+class Slots(Protocol):
+    """Room for a fixed number of experts."""
+
+    @property
+    def count(self) -> int: ...
+
+    def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
+        """Copy an expert's weights into a slot; returns them there."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """Nobody reads this slot any more."""
+        ...
+
+
+class DeviceSlots:
+    """On a device its allocator keeps the memory: what leaves a table is free for the next expert."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.count = count
+        self._device = device
+
+    def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
+        """See ``Slots``."""
+        return tuple(weight.to(self._device) for weight in weights)
+
+    def free(self, slot: int) -> None:
+        """Nothing to do: see the class."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a slot."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def tensors_of(weights: Sequence[Weight]) -> list[Tensor]:
+    """What the weights of an expert consist of, in a fixed order."""
+    parts = ((w.values, w.factors) if isinstance(w, Fp8Blocks) else (w,) for w in weights)
+    return [tensor for group in parts for tensor in group]
+
+
+class HostSlots:
+    """Slots in host memory for experts whose weights have the form of ``like``. One thread per slot at a time."""
+
+    def __init__(self, count: int, like: Sequence[Weight]) -> None:
+        self.count = count
+        self._like = list(like)
+        self._places, end = [], 0
+        for tensor in tensors_of(like):
+            self._places.append(_Place(end, tensor.shape, tensor.dtype))
+            end += -(-tensor.nbytes // _LINE) * _LINE
+        self.slot_bytes = -(-end // PAGE) * PAGE
+        self._map = mmap.mmap(-1, max(1, count) * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._weights = [self._views(slot) for slot in range(count)]
+
+    def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
+        """See ``Slots``. Raises SlotsMismatch."""
+        sources, room = tensors_of(weights), tensors_of(self._weights[slot])
+        if [(s.shape, s.dtype) for s in sources] != [(r.shape, r.dtype) for r in room]:
+            raise SlotsMismatch("an expert's weights differ in shape or dtype from the first one's")
+        for source, target in zip(sources, room, strict=True):
+            np.copyto(_raw(target), _raw(source))  # without the interpreter's lock, and without torch's threads
+        return self._weights[slot]
+
+    def free(self, slot: int) -> None:
+        """Give the pages of a slot back."""
+        self._map.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+
+    def _views(self, slot: int) -> tuple[Weight, ...]:
+        tensors = iter([self._view(slot, place) for place in self._places])
+        return tuple(
+            Fp8Blocks(next(tensors), next(tensors), w.block) if isinstance(w, Fp8Blocks) else next(tensors)
+            for w in self._like
+        )
+
+    def _view(self, slot: int, place: _Place) -> Tensor:
+        start = slot * self.slot_bytes + place.offset
+        size = place.shape.numel() * place.dtype.itemsize
+        return self._memory[start : start + size].view(place.dtype).view(place.shape)
+
+
+def _raw(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def in_host_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether all pages of these mapped tensors are in memory, so that nothing has to be read from storage."""
+    return all(_resident(*_pages(tensor)) for tensor in tensors)
+
+
+def read_ahead(tensors: Sequence[Tensor]) -> None:
+    """Have storage read these mapped tensors while we wait for the first of them."""
+    for tensor in tensors:
+        _advise(*_pages(tensor), mmap.MADV_WILLNEED)
+
+
+def let_go(tensors: Sequence[Tensor]) -> None:
+    """These mapped tensors are not needed here any more: their pages stay in the page cache, but are not ours.
+
+    What they hold is undefined from here on if they are no mapped file's.
+    """
+    for tensor in tensors:
+        address, size = tensor.data_ptr(), tensor.nbytes
+        first, last = -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
+        if last > first:  # whole pages only: a neighbour may use the others
+            _advise(first, last - first, mmap.MADV_DONTNEED)
+
+
+def _pages(tensor: Tensor) -> tuple[int, int]:
+    """Address and size of the pages that a tensor lies on."""
+    first = tensor.data_ptr() // PAGE * PAGE
+    return first, -(-(tensor.data_ptr() + tensor.nbytes - first) // PAGE) * PAGE
+
+
+def _resident(address: int, size: int) -> bool:
+    found = (ctypes.c_ubyte * (size // PAGE))()
+    failed = _LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), found)
+    return not failed and all(page & 1 for page in found)
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
