@@ -8,7 +8,7 @@ import numpy as np
 
 from shared.kernels.cpu_elementwise import exp
 from shared.kernels.cpu_linear import new_panel, sequence
-from shared.kernels.jit import FP32, call, helper, kernelE
+from shared.kernels.jit import call, helper, kernel
 
 CHUNK = 64
 """Rows that are scored at a time, so that scores stay in the first-level cache."""

@@ -55,7 +55,9 @@ class Net:
         """With matrices in ``dtype``, contiguous."""
         matrices = (tensor.detach().to(dtype).contiguous() for tensor in (self.gate, self.up, self.down))
         gate, up, down = matrices
-        bias, up_bias, correction = (t.detach().float().contiguous() for t in (self.bias, self.up_bias, self.correction))
+        bias, up_bias, correction = (
+            t.detach().float().contiguous() for t in (self.bias, self.up_bias, self.correction)
+        )
         return Net(gate, bias, up, up_bias, down, correction)
 
 

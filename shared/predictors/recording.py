@@ -46,10 +46,10 @@ class Passage:
         return len(next(iter(self.ids.values())))
 
 
-def batches(passages: Iterable[Passage], size: int) -> Iterator[Passage]:
-    """The rows of passages in batches of ``size``, in order; what is left over at the end of a passage is left out."""
+def batches(passages: Iterable[Passage], size: int, whole: bool = True) -> Iterator[Passage]:
+    """The rows of passages in batches of ``size``, in order. ``whole``: without a smaller one at a passage's end."""
     for passage in passages:
-        for first in range(0, len(passage) - size + 1, size):
+        for first in range(0, len(passage) - (size - 1 if whole else 0), size):
             yield passage.cut(first, first + size)
 
 
