@@ -1,4 +1,4 @@
-"""What a predictor has to beat without looking at rows: what has been chosen before, and what an earlier layer chooses."""
+"""Predictors that look at no rows: what has been chosen before, and what an earlier layer chooses. To be beaten."""
 
 from collections.abc import Iterable, Sequence
 

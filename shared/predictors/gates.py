@@ -53,12 +53,13 @@ class Net:
 
     def stored(self, dtype: torch.dtype) -> "Net":
         """With matrices in ``dtype``, contiguous."""
-        matrices = (tensor.detach().to(dtype).contiguous() for tensor in (self.gate, self.up, self.down))
-        gate, up, down = matrices
-        bias, up_bias, correction = (
-            t.detach().float().contiguous() for t in (self.bias, self.up_bias, self.correction)
-        )
+        gate, up, down = (t.detach().to(dtype).contiguous() for t in (self.gate, self.up, self.down))
+        bias, up_bias, correction = (t.detach().float().contiguous() for t in self._vectors)
         return Net(gate, bias, up, up_bias, down, correction)
+
+    @property
+    def _vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.bias, self.up_bias, self.correction
 
 
 def copied_gate(checkpoint: Checkpoint, layer: int) -> Net:

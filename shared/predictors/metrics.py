@@ -1,9 +1,10 @@
 """How good a prediction is, in three numbers for each layer and distance.
 
-* **recall**: the share of what rows chose that is among as many best scores of theirs: |best k and chosen| / k, mean over rows.
+* **recall**: the share of what a row chose that is among as many best scores of it: |best k and chosen| / k, mean over
+  rows.
 * **correlation**: Pearson's, over all (batch, expert), between predicted and true loads of batches.
-* **error**: the share of a batch's choices that were expected of a wrong expert: sum over experts of |predicted - true| /
-  (2 * rows * k), mean over batches; 0 to 1.
+* **error**: the share of a batch's choices that were expected of a wrong expert: the sum over experts of
+  |predicted - true| / (2 * rows * k), mean over batches; 0 to 1.
 
 A batch is BATCH rows that follow each other in a text. The paper (arXiv 2603.06350) defines none of its own.
 """

@@ -40,7 +40,8 @@ class Passage:
 
     def cut(self, first: int, last: int) -> "Passage":
         """Rows ``first`` to ``last`` - 1."""
-        return Passage(*({layer: a[first:last] for layer, a in part.items()} for part in (self.rows, self.ids)))
+        rows = {layer: array[first:last] for layer, array in self.rows.items()}
+        return Passage(rows, {layer: array[first:last] for layer, array in self.ids.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.ids.values())))

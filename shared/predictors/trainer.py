@@ -76,16 +76,15 @@ def split(count: int, seed: int) -> tuple[list[int], int]:
 def fit_all(
     checkpoint: Checkpoint, recorded: Recorded, passages: int, job: Job, told: Told
 ) -> tuple[dict[Pair, Net], list[dict[str, float | int | bool]]]:
-    """Nets of all pairs from the first so many passages; and of each pair the copy's recall there, and if it was tuned."""
+    """Nets of all pairs from the first so many passages; what the recall of copies was there, and which were tuned."""
     layers, nets, profile = checkpoint.spec.moe_layers, {}, []
     for layer, distance in possible_pairs(layers, job.distances):
         later = target(layers, layer, distance)
         copy, examples = copied_gate(checkpoint, later), recorded.examples(layer, later, passages)
         recall = recall_of(copy, examples)
         tune = recall < job.training.threshold
-        told(
-            f"layer {layer} + {distance}: a copy of the gate has recall {recall:.3f}, " + ("tuning" if tune else "kept")
-        )
+        todo = "tuning" if tune else "keeping"
+        told(f"layer {layer} + {distance}: {todo} a copy of the gate with recall {recall:.3f}")
         nets[layer, distance] = fit(copy, examples, job.training, tune)
         profile.append({"layer": layer, "distance": distance, "recall": round(recall, 4), "tuned": tune})
     return nets, profile

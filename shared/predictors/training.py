@@ -64,18 +64,20 @@ def recall_of(net: Net, examples: Examples, rows: int = 1 << 14) -> float:
 
 def fit(copy: Net, examples: Examples, training: Training, tune: bool) -> Net:
     """The net in fp32: the whole of it fine-tuned from ``copy``, or only its scale and offset."""
-    generator = torch.Generator().manual_seed(training.seed)
-    start = _floats(copy)
-    if tune:
-        parts = _widened(start, training.width, generator)
-        learned, scores = list(parts.values()), lambda x: _scores(parts, x)
-    else:
-        scale, offset = torch.ones(()), torch.full((), _START)
-        learned, scores = [scale, offset], lambda x: scale * _scores(start, x) + offset
-    _descend(scores, learned, examples, training, len(copy.bias))
-    if not tune:
-        parts = start | {"gate": start["gate"] * scale, "bias": start["bias"] * scale + offset}
+    return _tuned(copy, examples, training) if tune else _scaled(copy, examples, training)
+
+
+def _tuned(copy: Net, examples: Examples, training: Training) -> Net:
+    parts = _widened(_floats(copy), training.width, torch.Generator().manual_seed(training.seed))
+    _descend(lambda x: _scores(parts, x), list(parts.values()), examples, training, len(copy.bias))
     return Net(**{name: tensor.detach() for name, tensor in parts.items()})
+
+
+def _scaled(copy: Net, examples: Examples, training: Training) -> Net:
+    parts, scale, offset = _floats(copy), torch.ones(()), torch.full((), _START)
+    _descend(lambda x: scale * _scores(parts, x) + offset, [scale, offset], examples, training, len(copy.bias))
+    changed = {"gate": parts["gate"] * scale, "bias": parts["bias"] * scale + offset}
+    return Net(**{name: tensor.detach() for name, tensor in (parts | changed).items()})
 
 
 def _descend(
