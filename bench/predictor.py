@@ -3,8 +3,8 @@
     python bench/predictor.py --heldout DIR [--model DIR] [--predictor DIR]
 
 DIR has texts (*.txt) that neither the model nor its predictors were trained on; by default the embedded demo model is
-taken, and the predictors that come with it. Quality as in shared/predictors/metrics.py; time is that of `loads` on 64 rows, on one core.
-The last line is one JSON object.
+taken, and the predictors that come with it. Quality as in shared/predictors/metrics.py; time is that of ``loads`` on
+one core. The last line is one JSON object.
 """
 
 import argparse

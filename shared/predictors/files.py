@@ -88,7 +88,8 @@ def _trained(path: Path, metadata: Mapping[str, str], digest: str) -> Trained:
         fields: dict[str, Any] = json.loads(metadata["trained"])
         if fields["version"] != VERSION:
             raise BadPredictors(path, f"version {fields['version']}, this program reads {VERSION}")
-        trained = Trained(**fields | {"layers": tuple(map(int, fields["layers"]))})
+        fields["layers"] = tuple(map(int, fields["layers"]))
+        trained = Trained(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise BadPredictors(path, f"its metadata is damaged ({error})") from error
     if trained.digest != digest:
