@@ -1,9 +1,11 @@
 """Run every bench that has bars and print one table; exits 1 when a bar does not hold.
 
 Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments
-go to peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE.
+go to peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE;
+but for --heldout DIR, which goes to predictor.py: it measures nothing without held-out text.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -45,7 +47,7 @@ def core_times() -> list[int]:
     return [int(word) for word in Path("/proc/stat").read_text().split()[1:9]]
 
 
-def all_bars(scratch: Path, peers: list[str]) -> list[dict[str, Any]]:
+def all_bars(scratch: Path, peers: list[str], heldout: str) -> list[dict[str, Any]]:
     """The bars of every bench, each with its bench's name; ``peers``: arguments of peers.py."""
     from shared.models.presets import make_checkpoint
 
@@ -54,14 +56,18 @@ def all_bars(scratch: Path, peers: list[str]) -> list[dict[str, Any]]:
     results = [run("peers.py", "--model", str(model), "--json", *peers)]
     results += [run(script, "--model", str(model), "--json") for script in SCRIPTS]
     results += [run(script) for script in (*PURE, *(AS_ROOT if os.geteuid() == 0 else ()))]
+    results.append(run("predictor.py", *(["--heldout", heldout] if heldout else [])))
     return [
         {"bench": result["bench"], "stolen": result["stolen"], **bar} for result in results for bar in result["bars"]
     ]
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--heldout", default="", help="directory of texts, for predictor.py")
+    args, peers = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="moemesh-bars-") as scratch:
-        bars = all_bars(Path(scratch), sys.argv[1:])
+        bars = all_bars(Path(scratch), peers, args.heldout)
     table = Table("bench", "measure", "value", "bar", "ok", "stolen")
     for bar in bars:
         sign = "<=" if bar["at_most"] else ">="

@@ -10,6 +10,7 @@ import typer
 from shared.cli.client import chat, complete
 from shared.cli.doctor import doctor
 from shared.cli.models import models_app
+from shared.cli.predictor import predictor_app
 from shared.cli.rebalance import rebalance
 from shared.cli.serve import service_app
 from shared.cli.status import status
@@ -34,6 +35,7 @@ def build_app() -> typer.Typer:
         app.command()(command)
     app.add_typer(service_app(), name="serve")
     app.add_typer(models_app(), name="models")
+    app.add_typer(predictor_app(), name="predictor")
     app.add_typer(trace_app(), name="trace")
     return app
 

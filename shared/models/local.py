@@ -1,7 +1,10 @@
 """A whole model in one process: its decoder, and all experts without any exchange. The yardstick of the mesh."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.activation import own_parts, sum_order
@@ -11,14 +14,24 @@ from shared.models.loader import Checkpoint
 from shared.models.moe import MoeLayer, compute_parts, weights_of_sum
 from shared.models.scratch import Scratch
 
+Watch = Callable[[int, Tensor, NDArray[np.int32]], None]
+"""Sees what the gate of a layer with experts reads [T, H] and chooses [T, k]; both are valid until it returns."""
+
 
 class LocalExperts:
     """Every routed expert of every layer. One thread at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        device: torch.device,
+        dtype: torch.dtype,
+        watch: Watch | None = None,
+    ) -> None:
         """Raises ModelError. ``dtype`` as in ``MoeLayer``."""
         spec = checkpoint.spec
-        self._kernels = kernels
+        self._kernels, self._watch = kernels, watch
         self._layers = {layer: MoeLayer(checkpoint, kernels, device, dtype, layer) for layer in spec.moe_layers}
         for layer in self._layers.values():
             layer.load(range(spec.router.experts))
@@ -28,6 +41,8 @@ class LocalExperts:
         """x [T, H] += weighted experts of rows [T, H], in ascending expert order: the bits that an exchange gives."""
         moe = self._layers[layer]
         weights, ids = (tensor.numpy(force=True) for tensor in moe.gate(rows))
+        if self._watch:
+            self._watch(layer, rows, ids)
         parts = own_parts(ids, np.zeros_like(ids), weights, 0)
         out = self._scratch.rows("parts", len(parts.tokens), rows.shape[1], torch.float32)
         compute_parts(moe, rows, parts, out)
@@ -40,10 +55,16 @@ class LocalModel:
     """The decoder and ``LocalExperts``, step by step."""
 
     def __init__(
-        self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype, max_positions: int
+        self,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_positions: int,
+        watch: Watch | None = None,
     ) -> None:
         self.decoder = Decoder(checkpoint, kernels, device, dtype, max_positions)
-        self.experts = LocalExperts(checkpoint, kernels, device, dtype)
+        self.experts = LocalExperts(checkpoint, kernels, device, dtype, watch)
 
     def forward(self, step: StepInput, cache: KvCache) -> Tensor:
         """One step -> logits fp32 [R, vocab]."""

@@ -1,8 +1,8 @@
 """The seam of load prediction: from a batch at one layer with experts to the loads of a later one.
 
-Whoever holds the rows of an exchange asks: an expert instance after its reply, ``moemesh predictor``, a bench. Layers are
-checkpoint indices; distance d leads to the d-th next layer *with experts*. T = rows of the batch, H = hidden size,
-E = experts per layer, k = experts per row.
+Whoever holds the rows of an exchange asks: an expert instance after its reply, ``moemesh predictor``, a bench.
+Layers are checkpoint indices; distance d leads to the d-th next layer *with experts*. T = rows of the batch, H = hidden
+size, E = experts per layer, k = experts per row.
 """
 
 from collections.abc import Iterable, Sequence
