@@ -87,7 +87,7 @@ class ExpertsConfig(MeshConfig):
         "",
         "directory of load predictors; empty: predictors/ beside the model, if it is there; none: nothing is foreseen",
     )
-    predict_ahead: int = setting(1, "layers ahead for which experts are started")
+    predict_ahead: int = setting(2, "layers ahead for which experts are started")
     eviction: Eviction = setting(Eviction.FORESEEN, "who makes room: foreseen (called last), lru (called longest ago)")  # noqa: RUF009
     keep_alive: float = setting(600.0, "seconds after its last call when an expert is stopped; 0: never")
     max_batched_tokens: int = setting(512, "most rows in one exchange; must be the attention pool's")

@@ -12,8 +12,8 @@ from shared.kernels.weights import Weight
 from shared.models.loader import Checkpoint
 from shared.models.slots import Slots, let_go, tensors_of
 
-IDLE_S = 5.0
-"""After so long without a start the checkpoint is closed, and what was mapped of it."""
+IDLE_S = 1.0
+"""After so long without a start nothing of the checkpoint stays mapped."""
 
 MOST_MAPPED = 1 << 21
 """Bytes of the checkpoint that this thread leaves mapped, plus one expert."""
@@ -120,7 +120,7 @@ class Starts:
                 self._ended.append(self._start(*job))
                 self._wake()
             else:
-                self._close_checkpoint()
+                self._let_go()
 
     def _start(self, layer: int, expert: int, slot: int) -> Started:
         begun, blocks = time.monotonic(), _blocks_read()

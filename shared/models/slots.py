@@ -114,9 +114,11 @@ class HostSlots:
 
 
 def let_go(tensors: Sequence[Tensor]) -> None:
-    """These views of mapped files are not needed here for now: their pages stay in the page cache, but are not ours."""
+    """These views of mapped files are not needed here for now: their pages stay in the page cache, but are not ours.
+
+    What else lies on their first and last page is read from the page cache again. Other tensors than views of mapped
+    files would lose what they hold.
+    """
     for tensor in tensors:
-        address, size = tensor.data_ptr(), tensor.nbytes
-        first, last = -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
-        if last > first:  # whole pages only: a neighbour may use the others
-            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+        first, end = tensor.data_ptr() // PAGE * PAGE, tensor.data_ptr() + tensor.nbytes
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(mmap.MADV_DONTNEED))
