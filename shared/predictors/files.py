@@ -61,6 +61,7 @@ def save_predictors(directory: Path, trained: Trained, nets: Mapping[Pair, Net])
     stored = {pair: net.stored(torch.bfloat16) for pair, net in nets.items()}
     tensors = {f"{la}.{d}.{name}": t for (la, d), net in stored.items() for name, t in net.tensors.items()}
     save_file(tensors, path, {"format": FORMAT, "trained": json.dumps(asdict(trained))})
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
     return path
 
 
