@@ -1,4 +1,4 @@
-"""Traffic of one domain for the elastic benches: streams that continue held-out text, again and again; and what it costs."""
+"""Traffic for the elastic benches: streams that continue held-out text, again and again; and what instances count."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from shared.messages import ElasticFacts
 from shared.models.source import open_source
 
 PROMPT, OUTPUT = 32, 96
-"""Tokens of a request. Texts are cut anywhere, and continued at a temperature at which they do not repeat themselves."""
+"""Tokens of a request. Texts are cut anywhere, and continued at a temperature at which they do not loop."""
 TEMPERATURE = 0.8
 
 

@@ -84,7 +84,8 @@ class ExpertsConfig(MeshConfig):
         "shared: experts are read where the checkpoint is mapped, for all of a host; private: copied; auto: by need",
     )
     predictor: str = setting(
-        "", "directory of load predictors; empty: the embedded model's own; none: nothing is foreseen"
+        "",
+        "directory of load predictors; empty: predictors/ beside the model, if it is there; none: nothing is foreseen",
     )
     predict_ahead: int = setting(1, "layers ahead for which experts are started")
     eviction: Eviction = setting(Eviction.FORESEEN, "who makes room: foreseen (called last), lru (called longest ago)")  # noqa: RUF009

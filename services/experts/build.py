@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from services.experts.store import ExpertStore
 from shared.activation import PARTS, Choice
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig, parse_bytes
-from shared.elastic.residency import Residency
+from shared.elastic.residency import Eviction, Residency
 from shared.errors import ConfigError
 from shared.exchange_frames import Routes
 from shared.keep_awake import KeepAwake
@@ -34,6 +35,8 @@ from shared.models.precision import choose_precision
 from shared.models.slots import DeviceSlots, HostSlots, tensors_of
 from shared.models.spec import ModelSpec
 from shared.pace import Pace
+from shared.predictors.base import Predictor
+from shared.predictors.files import load_predictors
 from shared.transport.base import Transport
 
 
@@ -115,7 +118,17 @@ def make_elastic(
 
     starts = Starts(partial(Checkpoint, checkpoint.source), read, slots, wake)
     residency = Residency(len(layers), spec.router.experts, count, config.eviction)
-    return Elastic(layers, residency, starts, slots, keep_alive=config.keep_alive)
+    ahead = range(1, config.predict_ahead + 1)
+    predictor = find_predictor(config, checkpoint)
+    return Elastic(layers, residency, starts, slots, predictor, ahead, keep_alive=config.keep_alive)
+
+
+def find_predictor(config: ExpertsConfig, checkpoint: Checkpoint) -> Predictor | None:
+    """What foresees loads, if anything does. Raises BadPredictors."""
+    beside = checkpoint.path / "predictors"
+    if config.predictor == "none" or config.eviction is Eviction.LRU or not (config.predictor or beside.is_dir()):
+        return None
+    return load_predictors(Path(config.predictor or beside), checkpoint.digest)[1]
 
 
 def slot_count(memory: str, spec: ModelSpec, expert_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Starts from a real checkpoint: the bytes of the file, warm or cold as storage says, and no crash for a damaged one."""
+"""Starts from a real checkpoint: the bytes of the file, and no crash when it is damaged under us."""
 
 import os
 import shutil
