@@ -75,11 +75,11 @@ def lead(table: dict[str, Any], baseline: str) -> float:
 
 
 def bars(table: dict[str, Any], times: dict[int, float], nbytes: int) -> list[Bar]:
-    near = table["d1"]["tuned"]
+    near = [row["tuned"] for distance, row in table.items() if distance == "d1"]
     return [
-        Bar("recall at d = 1, mean over layers", near["recall"], 0.85),
-        Bar("recall at d = 1, worst layer", near["worst_recall"], 0.83),
-        Bar("load correlation at d = 1, worst layer", near["worst_correlation"], 0.97),
+        *(Bar("recall at d = 1, mean over layers", row["recall"], 0.85) for row in near),
+        *(Bar("recall at d = 1, worst layer", row["worst_recall"], 0.83) for row in near),
+        *(Bar("load correlation at d = 1, worst layer", row["worst_correlation"], 0.97) for row in near),
         Bar("recall above the untuned gate, least of all d", lead(table, "untuned"), 1e-4),
         Bar("recall above history, least of all d", lead(table, "history"), 1e-4),
         Bar("ms per layer, 64 rows, one core", times[64], 0.2, at_most=True),

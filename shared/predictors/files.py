@@ -1,6 +1,7 @@
 """Trained predictors on disk: one safetensors file per directory, whose metadata says what they were trained for.
 
-Tensors are named ``LAYER.DISTANCE.PART``; parts as in ``Net``. Matrices are bf16.
+Tensors are named ``LAYER.DISTANCE.PART``; parts as in ``Net``. Matrices are bf16. The metadata is one entry, FORMAT,
+with a ``Trained`` as JSON: safetensors writes several in no fixed order.
 """
 
 import json
@@ -60,7 +61,8 @@ def save_predictors(directory: Path, trained: Trained, nets: Mapping[Pair, Net])
         raise FileExistsError(path)
     stored = {pair: net.stored(torch.bfloat16) for pair, net in nets.items()}
     tensors = {f"{la}.{d}.{name}": t for (la, d), net in stored.items() for name, t in net.tensors.items()}
-    save_file(tensors, path, {"format": FORMAT, "trained": json.dumps(asdict(trained))})
+    save_file(tensors, path, {FORMAT: json.dumps(asdict(trained))})
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
     return path
 
 
@@ -82,10 +84,10 @@ def load_predictors(directory: Path, digest: str) -> tuple[Trained, GatePredicto
 
 
 def _trained(path: Path, metadata: Mapping[str, str], digest: str) -> Trained:
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise BadPredictors(path, "not a file of predictors")
     try:
-        fields: dict[str, Any] = json.loads(metadata["trained"])
+        fields: dict[str, Any] = json.loads(metadata[FORMAT])
         if fields["version"] != VERSION:
             raise BadPredictors(path, f"version {fields['version']}, this program reads {VERSION}")
         fields["layers"] = tuple(map(int, fields["layers"]))

@@ -13,6 +13,8 @@ from shared.models.spec import ModelSpec
 from shared.predictors.recording import Passage, Reader
 from shared.predictors.training import Examples
 
+_MOST = float(np.finfo(np.float16).max)
+
 
 class Recorded:
     """Passages of one length, in files of a temporary directory that goes when this is closed; a context manager."""
@@ -30,7 +32,8 @@ class Recorded:
         for tokens in passages:
             passage, at = reader.read(tokens), slice(len(self), len(self) + self._context)
             for layer, rows in passage.rows.items():
-                self._rows[layer][at], self._ids[layer][at] = rows, passage.ids[layer]
+                self._rows[layer][at] = rows.clip(-_MOST, _MOST)
+                self._ids[layer][at] = passage.ids[layer]
             self._count += 1
             told(len(self))
 

@@ -37,7 +37,7 @@ class Job:
     """About so many are read, spread over the texts."""
     context: int = CONTEXT
     threads: int = 0
-    """0: all."""
+    """That read; 0: all."""
     training: Training = field(default_factory=Training)
 
 
@@ -56,7 +56,7 @@ def train_predictors(checkpoint: Checkpoint, job: Job, out: Path, told: Told) ->
         reader = Reader(checkpoint, job.context, job.threads)
         total = len(texts) * job.context
         recorded.read(reader, [texts[n] for n in order], lambda rows: told(f"reading: {rows} of {total} rows"))
-        torch.set_num_threads(job.threads or torch.get_num_threads())
+        torch.set_num_threads(1)  # sums in one order, whatever the number of cores; reading takes longer
         nets, profile = fit_all(checkpoint, recorded, first, job, told)
         save_predictors(out, Trained.of(checkpoint.facts(), checkpoint.spec.hidden), nets)
         told("judging")

@@ -49,10 +49,9 @@ class Examples:
 
     def batch(self, numbers: NDArray[np.int64], experts: int) -> tuple[Tensor, Tensor]:
         """(rows fp32 [B, H], 1 where chosen fp32 [B, E])"""
+        rows = torch.from_numpy(self.rows[numbers].astype(np.float32))
         chosen = torch.from_numpy(self.chosen[numbers].astype(np.int64))
-        return torch.from_numpy(self.rows[numbers].astype(np.float32)), torch.zeros(len(numbers), experts).scatter_(
-            1, chosen, 1.0
-        )
+        return rows, torch.zeros(len(numbers), experts).scatter_(1, chosen, 1.0)
 
 
 def recall_of(net: Net, examples: Examples, rows: int = 1 << 14) -> float:

@@ -259,14 +259,14 @@ def rewritten(path, metadata, **changed):
 
 def meta(**changed):
     fields = {"model": "toy", "digest": TRAINED.digest, "layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K}
-    return {"format": FORMAT, "trained": json.dumps(fields | {"hidden": HIDDEN, "version": 1} | changed)}
+    return {FORMAT: json.dumps(fields | {"hidden": HIDDEN, "version": 1} | changed)}
 
 
 @pytest.mark.parametrize(
     ("metadata", "changed", "problem"),
     [
         ({"format": "pt"}, {}, "not a file of predictors"),
-        ({"format": FORMAT, "trained": "{"}, {}, "metadata is damaged"),
+        ({FORMAT: "{"}, {}, "metadata is damaged"),
         (meta(version=2), {}, "version 2"),
         (meta(surprise=1), {}, "metadata is damaged"),
         (meta(), {"1.1.down": None}, r"1\.1\.down is missing"),
