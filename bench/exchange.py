@@ -1,6 +1,6 @@
 """What does the way of an exchange cost, and does the adaptive choice find the best one?
 
-    sudo python bench/exchange.py [--networks A,B,C,D] [--rows 8,64,256] [--repeats 5] [--out FILE]
+    sudo python bench/exchange.py [--networks A,B,C,D] [--rows 8,64,256] [--repeats 5] [--plot FILE]
 
 Two attention nodes and two expert nodes of four instances each: processes in network namespaces that this script makes
 and removes. Links have tc's rate limits; the time that a message occupies its sender and its latency are added by the
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -159,11 +159,32 @@ def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
     return bars
 
 
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Milliseconds of every way in every cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(12, 4), layout="constrained")
+    ways = [*FIXED, "auto"]
+    for number, way in enumerate(ways):
+        places = [cell + (number - len(ways) / 2) / (len(ways) + 2) for cell in range(len(rows))]
+        axes.bar(places, [row["ms"][way] for row in rows], 1 / (len(ways) + 3), label=way)
+    axes.set_xticks(range(len(rows)), [f"{row['network']}, {row['rows']} rows" for row in rows])
+    axes.set(ylabel="one exchange of a group's rows [ms]", yscale="log")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=90)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--networks", default="A,B,C,D")
     p.add_argument("--rows", default="8,64,256", help="rows of a group's exchange")
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--plot", type=Path, help="PNG file for all cells")
     p.add_argument("--json", action="store_true", help="accepted for symmetry: the last line is always JSON")
     args = p.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no namespaces behind
@@ -175,6 +196,8 @@ def main() -> None:
                 for count in map(int, args.rows.split(",")):
                     rows.append({"network": name, "rows": count, "ms": cell(attention, count, args.repeats)})
                     print(rows[-1], flush=True)
+    if args.plot:
+        plot(rows, args.plot)
     report("exchange", {"networks": {n: asdict(v) for n, v in NETWORKS.items()}, "cells": rows}, bars_of(rows))
 
 

@@ -15,6 +15,7 @@ SHORTEST_WAIT_S = 0.0003
 LONGEST_WAIT_S = 0.02
 LONGEST_PATIENCE_S = 1.0
 """However long a step has taken, nobody waits longer for its end."""
+LONGEST_EXCHANGE_S = 600.0
 MOST_SKIPPED = 32
 """Steps without a meeting, after meetings to which nobody else came, or groups that broke."""
 
@@ -45,6 +46,29 @@ class Join(NamedTuple):
         if not rows:
             raise ValueError("who joins has rows")
         return rows, min(patience * 1e-6, LONGEST_PATIENCE_S)
+
+
+class Observed(NamedTuple):
+    """What a step of a group took: told to the meeting place by the group's leader, if that had no part in it."""
+
+    rows: int
+    members: int
+    way: Way
+    seconds: float
+    """Per exchange."""
+
+    LAYOUT = struct.Struct("<IIId")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.rows, self.members, ALL_WAYS.index(self.way), self.seconds)
+
+    @classmethod
+    def unpack(cls, meta: bytes) -> Self:
+        """Raises struct.error, IndexError, or ValueError for what no step takes."""
+        rows, members, way, seconds = cls.LAYOUT.unpack(meta)
+        if not (rows and members > 1 and 0 < seconds < LONGEST_EXCHANGE_S):
+            raise ValueError("no step of a group")
+        return cls(rows, members, ALL_WAYS[way], seconds)
 
 
 class Group(NamedTuple):

@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 import torch
 
-from services.attention.groups import Group
+from services.attention.groups import Group, Observed
 from services.attention.targets import Targets
 from services.attention.ways import NEAR, SOLO, Link, Node, Shape, Way, Ways, link_of
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Transport
@@ -147,11 +147,18 @@ class WayChoice:
         """An exchange of this step took so long."""
         self._seconds.append(seconds)
 
-    def end(self, undisturbed: bool) -> None:
+    def end(self, undisturbed: bool) -> Observed | None:
         """The step is over. Repeats count: their exchanges are few, and the median would not show them."""
-        if self._shape is not None and self._seconds:
-            self.ways.observe(self._shape, self.way, (median if undisturbed else fmean)(self._seconds))
-        self._shape = None
+        shape, self._shape = self._shape, None
+        if shape is None or not self._seconds:
+            return None
+        seconds = (median if undisturbed else fmean)(self._seconds)
+        self.ways.observe(shape, self.way, seconds)
+        return Observed(shape.rows, shape.members, self.way, seconds)
+
+    def learn(self, observed: Observed) -> None:
+        """A group that met here went without us."""
+        self.ways.observe(self._shape_of(observed.rows, observed.members), observed.way, observed.seconds)
 
     def _shape_of(self, rows: int, members: int) -> Shape:
         """Of an exchange that asks all live instances."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.attention.exchange import Neighbour
-from services.attention.groups import Group, Join, Meeting, Patience, longest_wait, patience_for
+from services.attention.groups import Group, Join, Meeting, Observed, Patience, longest_wait, patience_for
 from services.attention.links import pong
 from services.attention.ways import Way
 from shared.errors import TransportError
@@ -24,6 +24,7 @@ Pump = Callable[[float], bool]
 """Takes one frame, or waits so many seconds for one; False when none came."""
 ChooseWay = Callable[[int, int], Way]
 """rows of all members, number of members."""
+Learn = Callable[[Observed], None]
 MOST_QUEUED = 256
 MOST_DISSOLVED = 16
 SLICE_S = 0.05  # how often who waits looks whether a connection broke
@@ -48,22 +49,25 @@ class Lockstep:
         share: of the last step, how long a meeting waits for others; 0: no groups.
         pump: see ``Pump``; hands frames of groups to ``take``.
         choose: the way of a group.
+        learn: what groups took in which this instance, their meeting place, had no part.
     """
 
     def __init__(
         self, transport: Transport, *, mesh: int, incarnation: int, max_rows: int, share: float,
-        pump: Pump, choose: ChooseWay,
+        pump: Pump, choose: ChooseWay, learn: Learn,
     ) -> None:  # fmt: skip
         self._transport = transport
         self._mesh, self._me = mesh, incarnation
         self._max_rows, self._share = max_rows, share
-        self._pump, self._choose = pump, choose
+        self._pump, self._choose, self._learn = pump, choose, learn
         self._meeting = Meeting(max_rows)
         self._patience = Patience()
         self._peers: dict[int, Peer] = {}
         self._order: list[int] = []
         self._standing = Standing(0, 0)
         self._joins = 0
+        self._observed: Observed | None = None
+        """To be told with the next join."""
         self._asked: Join | None = None
         """Ours, while its answer is awaited."""
         self._attended = False
@@ -127,8 +131,10 @@ class Lockstep:
         self.formed += self.group is not None
         return self.group
 
-    def end(self) -> None:
-        """The step is over."""
+    def end(self, observed: Observed | None) -> None:
+        """The step is over, and took so long."""
+        leads = self.group is not None and self.group.leader == self._me != self._host
+        self._observed = observed if leads else None
         self._last = time.monotonic() - self._began
         if self._attended:
             self._patience.came_back(self.group is not None)
@@ -167,7 +173,8 @@ class Lockstep:
         """Ask for a group; alone when there is no answer in time."""
         patience = 2 * self._wait_s()
         self._asked = join = self._join(rows, time.monotonic() + patience)
-        self._send([self._peers[host]], FrameKind.JOIN, Join.pack(rows, patience), sequence=join.number)
+        meta = Join.pack(rows, patience) + (self._observed.pack() if self._observed else b"")
+        self._send([self._peers[host]], FrameKind.JOIN, meta, sequence=join.number)
         while self._asked and (left := self._asked.until - time.monotonic()) > 0 and not self.lost(host):
             self._pump(min(left, SLICE_S))
         self._asked = None
@@ -290,12 +297,16 @@ class Lockstep:
         return ""
 
     def _take_join(self, header: Header, meta: bytes) -> None:
-        rows, patience = Join.unpack(meta)
+        rows, patience = Join.unpack(meta[: Join.LAYOUT.size])
+        observed = Observed.unpack(rest) if (rest := meta[Join.LAYOUT.size :]) else None
         now = time.monotonic()
         later = self._rows and self._rows + rows <= self._max_rows
         patience = patience_for(self._last) if later else patience
         join = Join(header.sender, header.sequence, rows, header.placement, header.live, now + patience)
-        if self._meeting.join(join, now, self._wait_s()) and later:
+        new = self._meeting.join(join, now, self._wait_s())
+        if new and observed:
+            self._learn(observed)
+        if new and later:
             meta = Join.pack(rows, patience)
             self._send([self._peers[header.sender]], FrameKind.GROUP, meta, sequence=header.sequence)
 

@@ -86,8 +86,9 @@ class MeshExchange:
         self._meter = LinkMeter(transport, hidden=hidden, max_rows=max_rows, pump=self._receive, **signed)
         self._choice = WayChoice(ways or Ways(Phase.DIRECT, Gate.EXPERTS), self._targets, self._meter, hidden, top_k)
         self._lockstep = Lockstep(
-            transport, max_rows=max_rows, share=group_wait, pump=self._receive, choose=self._choice.choose, **signed
-        )
+            transport, max_rows=max_rows, share=group_wait, pump=self._receive, choose=self._choice.choose,
+            learn=self._choice.learn, **signed,
+        )  # fmt: skip
         self._attempts = Attempts(
             self._targets, self._sender, self._lockstep, self._sum, self._stats, Scratch(device), self._receive,
             incarnation=incarnation, dtype=dtype, deadline=deadline, give_up=self._give_up,
@@ -170,8 +171,7 @@ class MeshExchange:
         return group is not None
 
     def end(self) -> None:
-        self._choice.end(undisturbed=self._repeats == self._stats.repeats.total())
-        self._lockstep.end()
+        self._lockstep.end(self._choice.end(undisturbed=self._repeats == self._stats.repeats.total()))
 
     # ---- one exchange -----------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ import torch
 
 from services.attention import groups
 from services.attention.exchange import ExpertInstance, Neighbour, View
-from services.attention.groups import Group, Join
+from services.attention.groups import Group, Join, Observed
 from services.attention.mesh_exchange import MeshExchange
-from services.attention.ways import SOLO, Gate, Phase
+from services.attention.ways import SOLO, Gate, Phase, Way, Ways
 from shared.transport.base import FrameKind, Header
 from shared.transport.memory import MemoryNetwork, MemoryTransport
 from tests.unit.toy_experts import HIDDEN, LAYERS, MESH, everywhere, make_exchange, toy_mesh
@@ -43,9 +43,10 @@ class Another:
         header = Header(kind, MESH, self.incarnation, **{"sequence": 0, **fields})
         self.transport.send([self.transport.connect(to.address)], header, frame)
 
-    def join(self, to: MeshExchange, rows: int = 2) -> None:
+    def join(self, to: MeshExchange, rows: int = 2, observed: Observed | None = None) -> None:
         self.joins += 1
-        self.send(to, FrameKind.JOIN, Join.pack(rows, 1.0), sequence=self.joins)
+        meta = Join.pack(rows, 1.0) + (observed.pack() if observed else b"")
+        self.send(to, FrameKind.JOIN, meta, sequence=self.joins)
 
     def kinds(self) -> set[int]:
         """Of the frames that have come."""
@@ -189,6 +190,33 @@ def test_an_idle_host_that_is_woken_does_its_own_work_even_while_others_meet():
         thread.start()
         thread.join(20)
         assert not thread.is_alive()
+
+
+def test_the_leader_of_a_group_tells_a_host_that_had_no_part_in_it_what_it_took():
+    with neighbours("a1", a0=OTHER, a2=THIRD) as (exchange, [host, _]):
+        assert begin(exchange, 3, lambda: told(host, exchange, group((ME, 3), (THIRD, 2))))
+        exchange._choice.exchanged(0.004)
+        exchange.end()
+        assert exchange._lockstep._observed == Observed(5, 2, SOLO, 0.004)
+        assert begin(exchange, 3, lambda: told(host, exchange, group((OTHER, 2), (ME, 3))))
+        exchange._choice.exchanged(0.004)
+        exchange.end()
+        assert exchange._lockstep._observed is None, "the host was there"
+
+
+def test_an_idle_host_learns_what_the_ways_that_it_chose_have_taken():
+    with neighbours("a0", a1=OTHER) as (exchange, [member]):
+        exchange.use(Ways())
+        seen = Observed(5, 2, Way(Phase.ONE), 0.003)
+        learned: list[Observed] = []
+        exchange._lockstep._learn = learned.append
+        member.join(exchange, observed=seen)
+        member.send(exchange, FrameKind.JOIN, Join.pack(2, 1.0) + seen.pack(), sequence=1)  # a late copy
+        exchange.idle_wait(0.1)
+        assert learned == [seen]
+        exchange._choice.learn(seen)
+        [size] = exchange._choice.ways._sizes.values()
+        assert size.steps == 1
 
 
 # ---- beside groups ------------------------------------------------------------------------------------------
