@@ -14,7 +14,7 @@ from services.experts.answers import Answers, KnownPlacement, Prepared, Refused
 from services.experts.assembly import Assembly
 from services.experts.compute import Plan
 from services.experts.elastic import BrokenExpert, Elastic, Progress
-from shared.transport.base import Incoming, Peer, Refusal
+from shared.transport.base import Header, Incoming, Peer, Refusal
 
 PATIENCE_S = 30.0
 """Nobody waits for experts longer: who asked has given up before."""
@@ -54,10 +54,11 @@ class Waiting:
         Raises Refused, NoLiveHome, BadFrame.
         """
         header = question.incoming.header
-        if question.plan is None:
-            self._replace(question)
+        if question.rows is None:
             given = question.assembly.rows if question.assembly else question.incoming.rows
             question.rows = self._answers.converted(given)
+            self._replace(question)
+        if question.plan is None:
             question.plan = self._answers.plan(header, question.rows, question.incoming.meta, placement)
             question.progress = self._elastic.begin(header.layer, question.plan)
         progress, rows = question.progress, question.rows
@@ -93,9 +94,16 @@ class Waiting:
         question.incoming.release()
 
     def _replace(self, question: Question) -> None:
-        """A later attempt takes the place of an earlier one."""
+        """A later attempt takes the place of an earlier one, and goes on where that was if it asks the same."""
         new = question.incoming.header
         for old in list(self._questions):
             header = old.incoming.header
             if (header.sender, header.sequence) == (new.sender, new.sequence):
+                if _asks(header) == _asks(new) and not (old.assembly or question.assembly):
+                    question.plan, question.progress = old.plan, old.progress
                 self._drop(old)
+
+
+def _asks(header: Header) -> tuple[int, ...]:
+    """What an answer depends on, beside the rows: the same in every attempt at an exchange."""
+    return header.kind, header.flags, header.layer, header.rows, header.placement, header.live, header.digest
