@@ -1,0 +1,66 @@
+"""Which instances hold the replicas of a layer, by two policies. Pure: arrays in, arrays out.
+
+``paper`` is MoEless (arXiv 2603.06350), Algorithm 2, as written: no capacity, two replicas of an expert may share an
+instance, and a warm replica is used again whatever that does to the balance. ``moemesh`` places for the exchanges that
+there were, not for their mean: it keeps the sum over exchanges and instances of fourth powers of loads small, which
+follows the busiest instance of each exchange. It begins with the homes that there are and moves what is worth it.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.elastic.kernels import fill_homes, fill_paper_homes
+from shared.elastic.scaling import Counts, Floats
+
+PRICE = 0.02
+"""Share of the busiest instances' unevenness that must be gained by each start."""
+ROUNDS = 8
+"""Of improving moves, one out of every instance; later ones gain little."""
+
+
+def paper(loads: Floats, counts: Counts, last: Counts) -> Counts:
+    """Replicas of each expert on each instance, int64 [instances, E]: Algorithm 2 as written.
+
+    The most loaded replica first: where it was placed last time, as long as there is one that nobody has taken yet,
+    else on the instance with the least load.
+
+    Args:
+        loads: [E], rows, split evenly over an expert's replicas.
+        counts: [E], replicas per expert.
+        last: [instances, E], the replicas that are alive.
+    """
+    held = np.zeros(last.shape, np.int64)
+    fill_paper_homes(np.asarray(loads, np.float64), np.asarray(counts, np.int64), np.asarray(last, np.int64), held)
+    return held
+
+
+def moemesh(
+    loads: Floats,
+    counts: Counts,
+    slots: Counts,
+    warm: NDArray[np.bool_],
+    replica_rows: float = 0.0,
+    price: float = PRICE,
+) -> NDArray[np.bool_]:
+    """Homes bool [instances, E]: no two replicas of an expert on one instance, no instance with more than its slots.
+
+    Args:
+        loads: [exchanges, E] or [E], rows.
+        counts: [E], replicas per expert, 1 to the number of instances.
+        slots: [instances], replicas of this layer that each can hold.
+        warm: [instances, E], the homes that there are: what stays costs nothing.
+        replica_rows: rows that take as long as reading an expert's weights; see ``scaling.Rules``.
+        price: see PRICE; 0 moves for any gain.
+
+    Raises:
+        ValueError: the counts do not fit.
+    """
+    samples = np.atleast_2d(np.asarray(loads, np.float64))
+    counts, slots = np.asarray(counts, np.int64), np.asarray(slots, np.int64)
+    if counts.min(initial=1) < 1 or counts.max(initial=0) > len(slots) or counts.sum() > slots.sum():
+        raise ValueError(f"{counts.sum()} replicas do not fit into {len(slots)} instances of {slots.tolist()} slots")
+    shares = (samples + replica_rows * (samples > 0)) / counts
+    homes = np.array(warm, np.bool_)
+    if not fill_homes(np.ascontiguousarray(shares), counts, slots, float(price), ROUNDS, homes):
+        raise ValueError(f"{counts.max()} replicas of one expert do not fit into slots {slots.tolist()}")
+    return homes
