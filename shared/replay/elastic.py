@@ -1,0 +1,284 @@
+"""One step of an elastic pool, compiled: who is resident, what is started and stopped, how long the layers wait.
+
+Every instance holds at most ``budget`` residents, whatever its homes, and starts one expert after the other beside its
+computation. A start that the present layer waits for goes before those that wait in line. A resident that has to make
+room is the one whose next use is farthest: layers come in turns, and an expert is used in a share of them.
+"""
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from shared.replay.timing import even_time, whole_time
+
+ABSENT = np.inf
+NOBODY = -1
+SURPLUS = 1e6
+"""Added to the distance of a resident that is not at home where it is, and of which there is another."""
+
+
+class Pool(NamedTuple):
+    """What all instances hold. Changed in place."""
+
+    homes: NDArray[np.bool_]
+    """[layers, instances, E]"""
+    ready: NDArray[np.float64]
+    """[layers, instances, E]: from when on a replica can compute; ABSENT: it holds no memory."""
+    free: NDArray[np.float64]
+    """[instances]: when the start that is last in line will have ended."""
+    held: NDArray[np.int64]
+    """[instances]: replicas that hold memory."""
+    budget: NDArray[np.int64]
+    """[instances]: most of them."""
+    usage: NDArray[np.float64]
+    """[recorded layers, E]: share of the latest steps in which an expert was used, fading."""
+    starts: NDArray[np.int64]
+    """[warm, cold]: how many so far."""
+    loaded: NDArray[np.bool_]
+    """[layers, E]: has been started before: later starts are warm."""
+
+
+@njit(cache=True, nogil=True)
+def elastic_step(now, loads, expected, history, known, distance, pool, costs, times):
+    """All layers of one step. Returns (MoE seconds, seconds waited, proxy, resident, experts waited for, end).
+
+    loads, expected, history [recorded layers, E]: of this step, as predicted, and as the step before had them; known
+    [recorded layers]: which predictions there are; times: (misc_s, warm_s, cold_s). Proxy and resident: replica-seconds.
+    """
+    layers, recorded = len(pool.homes), len(loads)
+    misc_s = times[0]
+    spent = waited = proxy = resident = 0.0
+    late = 0
+    for l in range(layers):
+        r = l % recorded
+        m = (l + distance) % layers
+        foreseen = l + distance < layers and known[m % recorded]
+        _prefetch(now, l, m, expected[m % recorded] if foreseen else history[m % recorded], pool, times)
+        waits = np.zeros(len(pool.held))
+        hosts = np.zeros(loads.shape[1], np.uint64)
+        usable = np.zeros((len(pool.held), loads.shape[1]), np.int64)
+        for e in range(loads.shape[1]):
+            if loads[r, e] > 0:
+                late += _require(now, l, e, loads[r], pool, times, waits, hosts, usable)
+        nothing = np.zeros(len(waits))
+        both = min(whole_time(loads[r], hosts, waits, costs), even_time(loads[r], usable, waits, costs))
+        if waits.max() > 0:
+            quick = min(whole_time(loads[r], hosts, nothing, costs), even_time(loads[r], usable, nothing, costs))
+            waited += max(0.0, both - quick)
+        spent += both
+        proxy += both * np.isfinite(pool.ready[l]).sum()
+        resident += pool.held.sum() * (both + misc_s)
+        now += both + misc_s
+    for r in range(recorded):
+        for e in range(loads.shape[1]):
+            pool.usage[r, e] += 0.02 * ((loads[r, e] > 0) - pool.usage[r, e])
+    return spent, waited, proxy, resident, late, now
+
+
+@njit(cache=True, nogil=True)
+def _require(now, l, e, loads, pool, times, waits, hosts, usable):
+    """Find who can compute expert ``e`` now; if nobody, the first who will, by a start if need be. Returns 1 if late."""
+    first = NOBODY
+    for g in range(len(pool.held)):
+        if pool.ready[l, g, e] <= now:
+            hosts[e] |= np.uint64(1) << np.uint64(g)
+            usable[g, e] = 1
+        elif pool.ready[l, g, e] < ABSENT and (first == NOBODY or pool.ready[l, g, e] < pool.ready[l, first, e]):
+            first = g
+    if hosts[e]:
+        return 0
+    if first == NOBODY:
+        first = _home(l, e, pool)
+        _urgent(now, l, first, e, loads, pool, times)
+    waits[first] = max(waits[first], pool.ready[l, first, e] - now)
+    hosts[e] = np.uint64(1) << np.uint64(first)
+    usable[first, e] = 1
+    return 1
+
+
+@njit(cache=True, nogil=True)
+def _home(l, e, pool):
+    """The home that would have started an expert first."""
+    best = NOBODY
+    for g in range(len(pool.held)):
+        if pool.homes[l, g, e] and (best == NOBODY or pool.free[g] < pool.free[best]):
+            best = g
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _seconds(l, e, pool, times):
+    """What a start takes, and note it."""
+    cold = not pool.loaded[l, e]
+    pool.starts[1 if cold else 0] += 1
+    pool.loaded[l, e] = True
+    return times[2] if cold else times[1]
+
+
+@njit(cache=True, nogil=True)
+def _urgent(now, l, g, e, loads, pool, times):
+    """Start an expert that the present layer waits for: next in line, all others after it."""
+    if pool.held[g] >= pool.budget[g]:
+        _stop(*_victim(l, g, l, loads, pool), pool)
+    seconds = _seconds(l, e, pool, times)
+    running = ABSENT  # the end of the start under way
+    for m in range(len(pool.homes)):
+        for f in range(pool.homes.shape[2]):
+            if now < pool.ready[m, g, f] < running:
+                running = pool.ready[m, g, f]
+    begin = running if running < ABSENT else now
+    for m in range(len(pool.homes)):
+        for f in range(pool.homes.shape[2]):
+            if begin < pool.ready[m, g, f] < ABSENT:
+                pool.ready[m, g, f] += seconds
+    pool.ready[l, g, e] = begin + seconds
+    pool.free[g] = max(pool.free[g], begin) + seconds
+    pool.held[g] += 1
+
+
+@njit(cache=True, nogil=True)
+def start(now, l, g, e, pool, times):
+    """Start an expert after all others in line; there is room."""
+    pool.free[g] = max(pool.free[g], now) + _seconds(l, e, pool, times)
+    pool.ready[l, g, e] = pool.free[g]
+    pool.held[g] += 1
+
+
+@njit(cache=True, nogil=True)
+def _stop(m, g, e, pool):
+    pool.ready[m, g, e] = ABSENT
+    pool.held[g] -= 1
+
+
+@njit(cache=True, nogil=True)
+def _victim(l, g, until, loads, pool):
+    """(layer, g, expert) of the resident whose next use is farthest, seen from layer ``l``.
+
+    Those of layers ``l`` to ``until`` are spared as long as there are others. loads [E]: of the present layer.
+    """
+    layers, recorded = len(pool.homes), len(pool.usage)
+    window = (until - l) % layers
+    best_layer, best, farthest = NOBODY, NOBODY, -np.inf
+    for m in range(layers):
+        ahead = (m - l) % layers
+        for e in range(pool.homes.shape[2]):
+            if pool.ready[m, g, e] == ABSENT:
+                continue
+            far = ahead + layers * (1 / max(pool.usage[m % recorded, e], 1e-4) - 1)
+            if not pool.homes[m, g, e] and np.isfinite(pool.ready[m, :, e]).sum() > 1:
+                far += SURPLUS
+            elif ahead <= window:
+                far -= SURPLUS * (2 if m == l and loads[e] > 0 else 1)
+            if far > farthest:
+                best_layer, best, farthest = m, e, far
+    return best_layer, g, best
+
+
+@njit(cache=True, nogil=True)
+def _distance(l, m, e, pool):
+    """Layers until the next use of an expert of layer m, on average."""
+    layers = len(pool.homes)
+    return (m - l) % layers + layers * (1 / max(pool.usage[m % len(pool.usage), e], 1e-4) - 1)
+
+
+@njit(cache=True, nogil=True)
+def _prefetch(now, l, m, expected, pool, times):
+    """Start what layer ``m`` is expected to need: one replica of every expert, further ones where that costs nobody."""
+    for e in range(len(expected)):
+        if expected[e] <= 0:
+            continue
+        alive = 0
+        for g in range(len(pool.held)):
+            alive += pool.ready[m, g, e] < ABSENT
+        if alive == 0:
+            g = _home(m, e, pool)
+            if pool.held[g] >= pool.budget[g]:
+                v, _, f = _victim(l, g, m, expected, pool)
+                ahead = (v - l) % len(pool.homes)
+                if ahead <= (m - l) % len(pool.homes):
+                    continue  # everything else is needed sooner
+                _stop(v, g, f, pool)
+            start(now, m, g, e, pool, times)
+            continue
+        for g in range(len(pool.held)):
+            if pool.homes[m, g, e] and pool.ready[m, g, e] == ABSENT and pool.free[g] <= now:
+                if pool.held[g] >= pool.budget[g]:
+                    v, _, f = _victim(l, g, m, expected, pool)
+                    if _distance(l, v, f, pool) < 2 * len(pool.homes):
+                        continue
+                    _stop(v, g, f, pool)
+                start(now, m, g, e, pool, times)
+
+
+@njit(cache=True, nogil=True)
+def fill(now, least, pool, times):
+    """Start absent experts where memory is free, in the order of layers: those used in at least a share of the steps."""
+    for l in range(len(pool.homes)):
+        for e in range(pool.homes.shape[2]):
+            if pool.usage[l % len(pool.usage), e] < least or np.isfinite(pool.ready[l, :, e]).any():
+                continue
+            g = _home(l, e, pool)
+            if g != NOBODY and pool.held[g] < pool.budget[g]:
+                start(now, l, g, e, pool, times)
+
+
+@njit(cache=True, nogil=True)
+def move_homes(now, homes, pool, times):
+    """New homes: replicas at old ones compute until they make room; new ones are started at once, in place of them."""
+    pool.homes[:] = homes
+    for l in range(len(homes)):
+        for g in range(homes.shape[1]):
+            for e in range(homes.shape[2]):
+                if homes[l, g, e] and pool.ready[l, g, e] == ABSENT:
+                    if pool.held[g] >= pool.budget[g]:
+                        v, _, f = _victim(l, g, l, np.zeros(homes.shape[2], np.int64), pool)
+                        if _distance(l, v, f, pool) < 2 * len(homes) and pool.homes[v, g, f]:
+                            continue
+                        _stop(v, g, f, pool)
+                    start(now, l, g, e, pool, times)
+    drop_surplus(pool)
+
+
+@njit(cache=True, nogil=True)
+def drop_surplus(pool):
+    """Stop replicas that are not at home where they are, if a home has one."""
+    for l in range(len(pool.homes)):
+        for e in range(pool.homes.shape[2]):
+            at_home = False
+            for g in range(len(pool.held)):
+                at_home |= pool.homes[l, g, e] and pool.ready[l, g, e] < ABSENT
+            for g in range(len(pool.held)):
+                if at_home and not pool.homes[l, g, e] and pool.ready[l, g, e] < ABSENT:
+                    _stop(l, g, e, pool)
+
+
+@njit(cache=True, nogil=True)
+def idle(begin, end, stop, warm, last, pool, times):
+    """Nothing to do from ``begin`` to ``end``: residents stop and start when their keep-alive says. Replica-seconds.
+
+    stop, warm, last [recorded layers, E]: kept until stop, wanted again from warm until last.
+    """
+    resident = 0.0
+    for l in range(len(pool.homes)):
+        r = l % len(stop)
+        for e in range(pool.homes.shape[2]):
+            for g in range(len(pool.held)):
+                if pool.ready[l, g, e] == ABSENT:
+                    continue
+                until = min(max(stop[r, e], begin), end)
+                resident += until - begin
+                if until < end:
+                    _stop(l, g, e, pool)
+            since = max(warm[r, e], begin)
+            if since < end and not np.isfinite(pool.ready[l, :, e]).any():
+                g = _home(l, e, pool)
+                if pool.held[g] < pool.budget[g]:
+                    start(since, l, g, e, pool, times)
+                    until = min(max(last[r, e], since), end)
+                    resident += until - since
+                    if until < end:
+                        _stop(l, g, e, pool)
+    return resident
