@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 
 NOBODY = -1
+ROUNDING = 1e-12
+"""What is left of equal squares in float64."""
 
 
 @njit(cache=True, nogil=True)
@@ -40,7 +42,7 @@ def fill_paper_counts(loads, most_extra, threshold, counts):
     """Algorithm 1: see ``scaling.paper``."""
     counts[:] = 1
     for _ in range(most_extra):
-        if squared_cv(loads, counts, False) <= threshold * threshold:
+        if squared_cv(loads, counts, False) <= threshold * threshold + ROUNDING:
             return
         counts[most_loaded(loads, counts, np.int64(1) << 62)] += 1
 
@@ -67,7 +69,7 @@ def _even_enough(loads, counts, e, threshold, target_rows):
     """Whether the most loaded replica, one of expert ``e``, need not be relieved."""
     if target_rows > 0:
         return loads[e] / counts[e] <= target_rows
-    return squared_cv(loads, counts, True) <= threshold * threshold
+    return squared_cv(loads, counts, True) <= threshold * threshold + ROUNDING
 
 
 @njit(cache=True, nogil=True)
@@ -257,7 +259,7 @@ def _improve(shares, homes, carried, scale, slots, price):
                         continue
                     after = _unevenness(carried, scale, g, shares, f, e) + _unevenness(carried, scale, h, shares, e, f)
                     starts = 1 if f == NOBODY else 2
-                    gain = before - after - price * starts * here
+                    gain = before - after - price * starts * before
                     if gain > most * (1 + 1e-9) + 1e-12:
                         best, most = (h, e, f), gain
         h, e, f = best

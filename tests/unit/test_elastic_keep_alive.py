@@ -43,7 +43,7 @@ def test_layers_do_not_mix() -> None:
 
 
 def test_an_expert_that_is_used_all_the_time_is_kept_for_the_tail_of_its_idle_times() -> None:
-    policy = Histogram(1, 2, fallback=100)
+    policy = Histogram(1, 2, fallback=100, start_s=0.1)
     use(policy, [0.1 * n for n in range(50)])
     last = 0.1 * 49
     windows = policy.windows(0)
