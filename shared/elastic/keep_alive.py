@@ -88,16 +88,21 @@ class Histogram:
         experts: int,
         fallback: float,
         start_s: float = 0.0,
+        worth_s: float = 0.0,
         head: float = 0.05,
         tail: float = 0.99,
         fewest: int = 8,
     ) -> None:
-        """``fallback``: seconds to keep an expert with fewer than ``fewest`` idle times; ``start_s``: what a start takes,
-        for which an expert begins that much ahead, and which is too little to be stopped for."""
+        """
+        Args:
+            fallback: seconds to keep an expert of which fewer than ``fewest`` idle times are known.
+            start_s: what a start takes; it begins so much ahead.
+            worth_s: an idle time that is worth a start; experts are kept for it, at least twice ``start_s``.
+        """
         self._last = np.full((layers, experts), -NEVER)
         self._counts = np.zeros((layers, experts, self.BUCKETS), np.uint16)
         self._fallback, self._start_s, self._head, self._tail = fallback, start_s, head, tail
-        self._fewest = fewest
+        self._fewest, self._worth_s = fewest, max(worth_s, 2 * start_s)
 
     def observe(self, layer: int, experts: NDArray[np.integer], now: float) -> None:
         experts = experts[now > self._last[layer, experts]]
@@ -116,8 +121,8 @@ class Histogram:
         head = self._lower((reached < self._head * total).sum(axis=1))
         tail = self._lower((reached < self._tail * total).sum(axis=1) + 1)
         few = total[:, 0] < self._fewest
-        end = last + np.where(few, self._fallback, tail)
-        away = ~few & (head > 2 * self._start_s) & (head > self.SHORTEST_S)
+        end = last + np.where(few, self._fallback, np.maximum(tail, self._worth_s))
+        away = ~few & (head > self._worth_s) & (head > self.SHORTEST_S)
         warm = np.where(away, last + head - self._start_s, NEVER)
         return Windows(np.where(away, last, end), warm, end)
 

@@ -12,10 +12,14 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from shared.replay.timing import even_time, whole_time
+from shared.replay.timing import best_move, divide, divided_time, hand_over
 
 ABSENT = np.inf
 NOBODY = -1
+FAR = 3
+"""Steps without use that the only replica of an expert must expect before a second one of another takes its memory."""
+MOST_RELIEFS, LEAST_RELIEF = 8, 0.05
+"""Replicas for one exchange, and the share of the busiest instance's time that each must take off."""
 SURPLUS = 1e6
 """Added to the distance of a resident that is not at home where it is, and of which there is another."""
 
@@ -42,36 +46,38 @@ class Pool(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def elastic_step(now, loads, expected, history, known, distance, pool, costs, times):
+def elastic_step(now, loads, expected, history, known, distance, pool, costs, times, relief):
     """All layers of one step. Returns (MoE seconds, seconds waited, proxy, resident, experts waited for, end).
 
     loads, expected, history [recorded layers, E]: of this step, as predicted, and as the step before had them; known
-    [recorded layers]: which predictions there are; times: (misc_s, warm_s, cold_s). Proxy and resident: replica-seconds.
+    [recorded layers]: which predictions there are; times: (misc_s, warm_s, cold_s, start_share); relief: whether
+    replicas are started for one exchange. Proxy and resident: replica-seconds.
     """
     layers, recorded = len(pool.homes), len(loads)
     misc_s = times[0]
-    spent = waited = proxy = resident = 0.0
+    spent = waited = proxy = resident = last = 0.0
     late = 0
     for l in range(layers):
         r = l % recorded
-        m = (l + distance) % layers
-        foreseen = l + distance < layers and known[m % recorded]
-        _prefetch(now, l, m, expected[m % recorded] if foreseen else history[m % recorded], pool, times)
+        slowed = times[3] * np.minimum(np.maximum(pool.free - now, 0.0), last)
         waits = np.zeros(len(pool.held))
-        hosts = np.zeros(loads.shape[1], np.uint64)
         usable = np.zeros((len(pool.held), loads.shape[1]), np.int64)
         for e in range(loads.shape[1]):
             if loads[r, e] > 0:
-                late += _require(now, l, e, loads[r], pool, times, waits, hosts, usable)
-        nothing = np.zeros(len(waits))
-        both = min(whole_time(loads[r], hosts, waits, costs), even_time(loads[r], usable, waits, costs))
+                late += _require(now, l, e, loads[r], pool, times, waits, usable)
+        time = divided_time(loads[r], usable, np.maximum(waits, slowed), costs)
         if waits.max() > 0:
-            quick = min(whole_time(loads[r], hosts, nothing, costs), even_time(loads[r], usable, nothing, costs))
-            waited += max(0.0, both - quick)
-        spent += both
-        proxy += both * np.isfinite(pool.ready[l]).sum()
-        resident += pool.held.sum() * (both + misc_s)
-        now += both + misc_s
+            waited += max(0.0, time - divided_time(loads[r], usable, slowed, costs))
+        spent, last = spent + time, time
+        proxy += time * np.isfinite(pool.ready[l]).sum()
+        resident += pool.held.sum() * (time + misc_s)
+        now += time
+        m = (l + distance) % layers
+        foreseen = l + distance < layers and known[m % recorded]
+        begins = now + misc_s + (distance - 1) * (time + misc_s)
+        forecast = expected[m % recorded] if foreseen else history[m % recorded]
+        _prefetch(now, begins, l, m, forecast, pool, costs, times, relief)
+        now += misc_s
     for r in range(recorded):
         for e in range(loads.shape[1]):
             pool.usage[r, e] += 0.02 * ((loads[r, e] > 0) - pool.usage[r, e])
@@ -79,22 +85,21 @@ def elastic_step(now, loads, expected, history, known, distance, pool, costs, ti
 
 
 @njit(cache=True, nogil=True)
-def _require(now, l, e, loads, pool, times, waits, hosts, usable):
+def _require(now, l, e, loads, pool, times, waits, usable):
     """Find who can compute expert ``e`` now; if nobody, the first who will, by a start if need be. Returns 1 if late."""
-    first = NOBODY
+    first, found = NOBODY, False
     for g in range(len(pool.held)):
         if pool.ready[l, g, e] <= now:
-            hosts[e] |= np.uint64(1) << np.uint64(g)
             usable[g, e] = 1
+            found = True
         elif pool.ready[l, g, e] < ABSENT and (first == NOBODY or pool.ready[l, g, e] < pool.ready[l, first, e]):
             first = g
-    if hosts[e]:
+    if found:
         return 0
     if first == NOBODY:
         first = _home(l, e, pool)
         _urgent(now, l, first, e, loads, pool, times)
     waits[first] = max(waits[first], pool.ready[l, first, e] - now)
-    hosts[e] = np.uint64(1) << np.uint64(first)
     usable[first, e] = 1
     return 1
 
@@ -159,7 +164,7 @@ def _victim(l, g, until, loads, pool):
 
     Those of layers ``l`` to ``until`` are spared as long as there are others. loads [E]: of the present layer.
     """
-    layers, recorded = len(pool.homes), len(pool.usage)
+    layers = len(pool.homes)
     window = (until - l) % layers
     best_layer, best, farthest = NOBODY, NOBODY, -np.inf
     for m in range(layers):
@@ -167,11 +172,11 @@ def _victim(l, g, until, loads, pool):
         for e in range(pool.homes.shape[2]):
             if pool.ready[m, g, e] == ABSENT:
                 continue
-            far = ahead + layers * (1 / max(pool.usage[m % recorded, e], 1e-4) - 1)
-            if not pool.homes[m, g, e] and np.isfinite(pool.ready[m, :, e]).sum() > 1:
-                far += SURPLUS
-            elif ahead <= window:
+            far = _distance(l, m, e, pool)
+            if ahead <= window:
                 far -= SURPLUS * (2 if m == l and loads[e] > 0 else 1)
+            elif not pool.homes[m, g, e] and np.isfinite(pool.ready[m, :, e]).sum() > 1:
+                far += SURPLUS
             if far > farthest:
                 best_layer, best, farthest = m, e, far
     return best_layer, g, best
@@ -185,32 +190,55 @@ def _distance(l, m, e, pool):
 
 
 @njit(cache=True, nogil=True)
-def _prefetch(now, l, m, expected, pool, times):
-    """Start what layer ``m`` is expected to need: one replica of every expert, further ones where that costs nobody."""
+def _make_room(l, m, g, least, expected, pool):
+    """A free slot for an expert of layer m: True when there is one now. No resident nearer than ``least`` is stopped."""
+    if pool.held[g] < pool.budget[g]:
+        return True
+    v, _, f = _victim(l, g, m, expected, pool)
+    if (v - l) % len(pool.homes) <= (m - l) % len(pool.homes):
+        return False
+    if _distance(l, v, f, pool) < least and np.isfinite(pool.ready[v, :, f]).sum() == 1:
+        return False
+    _stop(v, g, f, pool)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _prefetch(now, begins, l, m, expected, pool, costs, times, relief):
+    """Start what layer ``m``, which begins then, is expected to need; replicas too, where one helps and is in time."""
+    alive = np.zeros((len(pool.held), len(expected)), np.int64)
     for e in range(len(expected)):
-        if expected[e] <= 0:
-            continue
-        alive = 0
         for g in range(len(pool.held)):
-            alive += pool.ready[m, g, e] < ABSENT
-        if alive == 0:
-            g = _home(m, e, pool)
-            if pool.held[g] >= pool.budget[g]:
-                v, _, f = _victim(l, g, m, expected, pool)
-                ahead = (v - l) % len(pool.homes)
-                if ahead <= (m - l) % len(pool.homes):
-                    continue  # everything else is needed sooner
-                _stop(v, g, f, pool)
+            alive[g, e] = pool.ready[m, g, e] < ABSENT
+        if alive[:, e].any() or (expected[e] == 0 and pool.usage[m % len(pool.usage), e] < 0.5):
+            continue
+        g = _home(m, e, pool)
+        if _make_room(l, m, g, 0.0, expected, pool):
             start(now, m, g, e, pool, times)
-            continue
-        for g in range(len(pool.held)):
-            if pool.homes[m, g, e] and pool.ready[m, g, e] == ABSENT and pool.free[g] <= now:
-                if pool.held[g] >= pool.budget[g]:
-                    v, _, f = _victim(l, g, m, expected, pool)
-                    if _distance(l, v, f, pool) < 2 * len(pool.homes):
-                        continue
-                    _stop(v, g, f, pool)
-                start(now, m, g, e, pool, times)
+            alive[g, e] = 1
+    if relief:
+        _relieve(now, begins, l, m, expected, alive, pool, costs, times)
+
+
+@njit(cache=True, nogil=True)
+def _relieve(now, begins, l, m, expected, alive, pool, costs, times):
+    """Second replicas for one exchange, where the busiest instance is expected to gain more than a start disturbs."""
+    wanted = expected * (alive.sum(axis=0) > 0)
+    rows, busy = divide(wanted, alive, np.zeros(len(pool.held)), costs)
+    for _ in range(MOST_RELIEFS):
+        could = np.zeros_like(alive)
+        for g in range(len(alive)):
+            if max(pool.free[g], now) + times[1] <= begins:
+                could[g] = 1 - alive[g]
+        top = np.argmax(busy)
+        e, h, count, busiest = best_move(rows, busy, could, costs)
+        if e == NOBODY or busiest > busy[top] * (1 - LEAST_RELIEF):
+            return
+        if not _make_room(l, m, h, FAR * len(pool.homes), expected, pool):
+            return
+        start(now, m, h, e, pool, times)
+        alive[h, e] = 1
+        hand_over(rows, busy, top, h, e, count, costs)
 
 
 @njit(cache=True, nogil=True)

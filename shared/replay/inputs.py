@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from shared.errors import ConfigError, MoemeshError
 
 FILE = Path(__file__).with_name("inputs.toml")
-COEFFICIENTS = ("row_s", "replica_s", "link_row_s", "misc_s", "warm_bytes_per_s")
+COEFFICIENTS = ("row_s", "replica_s", "linear_row_s", "link_row_s", "misc_s", "warm_bytes_per_s")
 """What sensitivity is asked of."""
 
 
@@ -24,9 +24,11 @@ class Inputs:
     layers: int
     """MoE layers; the recorded ones are tiled when these are more. 0: as many as were recorded."""
     row_s: float
-    """Time of one row of one expert (alpha)."""
+    """Time of one row of one expert, beside ``replica_s``."""
     replica_s: float
     """Time for reading the weights of an activated replica once; the paper has none."""
+    linear_row_s: float
+    """Time of one row in the paper's formula, where nothing else costs time (alpha)."""
     link_row_s: float
     """Time of one row on an instance's link, one way (beta)."""
     misc_s: float
@@ -45,6 +47,8 @@ class Inputs:
     """Of each start, beside moving its bytes. An instance starts one expert after the other."""
     warm_bytes_per_s: float
     """From host memory."""
+    start_share: float
+    """How much a start slows its instance's computation down meanwhile: 1 takes all of its time, 0 none."""
     cold_bytes_per_s: float
     """From storage: the first start of an expert."""
     max_num_seqs: int

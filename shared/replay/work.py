@@ -1,7 +1,7 @@
 """The steps of a replay, formed once: every policy is given the same rows at the same times, so that times compare.
 
-Batches follow a clock: the next step begins when the one before has ended under static expert parallelism. A request is
-a passage of its domain's trace, from a row that is drawn; its tokens are the rows that follow.
+Batches follow a clock: the next step is formed when the one before has ended under static expert parallelism. Faster
+policies compute the same steps sooner, as soon as their requests have come. A request is a passage of its domain's trace, from a row that is drawn; its tokens are the rows that follow.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ Clock = Callable[[NDArray[np.int64]], float]
 class Work:
     """S steps of a model whose recorded layers are tiled."""
 
-    starts: NDArray[np.float64]
-    """[S] seconds."""
+    earliest: NDArray[np.float64]
+    """[S] seconds: when the last request of the step has come."""
     ends: NDArray[np.float64]
     """[S] by the clock."""
     rows: NDArray[np.int64]
@@ -86,12 +86,12 @@ def form_work(
             if predicted:
                 add_rows(predicted.sums, starts, step.counts[mine], loads[1])
         end = now + clock(loads[0])
-        spans.append((now, end, step.counts.sum()))
+        spans.append((arrivals.times[step.requests].max(), end, step.counts.sum()))
         tables.append(loads.astype(np.int32))
         if len(spans) % 256 == 0:
             progress(float(np.searchsorted(arrivals.times, now)) / count)
         now = end
     known = np.logical_and.reduce([p.known if p else np.zeros(len(first.layers), np.bool_) for _, p in domains])
     loads = np.stack(tables).astype(np.int64)
-    starts, ends, rows = (np.array(column) for column in zip(*spans, strict=True))
-    return Work(starts, ends, rows, loads[:, 0].copy(), loads[:, 1].copy(), known, first.top_k)
+    earliest, ends, rows = (np.array(column) for column in zip(*spans, strict=True))
+    return Work(earliest, ends, rows, loads[:, 0].copy(), loads[:, 1].copy(), known, first.top_k)
