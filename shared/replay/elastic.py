@@ -31,6 +31,8 @@ class Pool(NamedTuple):
     """[layers, instances, E]"""
     ready: NDArray[np.float64]
     """[layers, instances, E]: from when on a replica can compute; ABSENT: it holds no memory."""
+    copies: NDArray[np.int64]
+    """[layers, E]: replicas that hold memory."""
     free: NDArray[np.float64]
     """[instances]: when the start that is last in line will have ended."""
     held: NDArray[np.int64]
@@ -69,7 +71,7 @@ def elastic_step(now, loads, expected, history, known, distance, pool, costs, ti
         if waits.max() > 0:
             waited += max(0.0, time - divided_time(loads[r], usable, slowed, costs))
         spent, last = spent + time, time
-        proxy += time * np.isfinite(pool.ready[l]).sum()
+        proxy += time * pool.copies[l].sum()
         resident += pool.held.sum() * (time + misc_s)
         now += time
         m = (l + distance) % layers
@@ -140,6 +142,7 @@ def _urgent(now, l, g, e, loads, pool, times):
             if begin < pool.ready[m, g, f] < ABSENT:
                 pool.ready[m, g, f] += seconds
     pool.ready[l, g, e] = begin + seconds
+    pool.copies[l, e] += 1
     pool.free[g] = max(pool.free[g], begin) + seconds
     pool.held[g] += 1
 
@@ -149,12 +152,14 @@ def start(now, l, g, e, pool, times):
     """Start an expert after all others in line; there is room."""
     pool.free[g] = max(pool.free[g], now) + _seconds(l, e, pool, times)
     pool.ready[l, g, e] = pool.free[g]
+    pool.copies[l, e] += 1
     pool.held[g] += 1
 
 
 @njit(cache=True, nogil=True)
 def _stop(m, g, e, pool):
     pool.ready[m, g, e] = ABSENT
+    pool.copies[m, e] -= 1
     pool.held[g] -= 1
 
 
@@ -175,7 +180,7 @@ def _victim(l, g, until, loads, pool):
             far = _distance(l, m, e, pool)
             if ahead <= window:
                 far -= SURPLUS * (2 if m == l and loads[e] > 0 else 1)
-            elif not pool.homes[m, g, e] and np.isfinite(pool.ready[m, :, e]).sum() > 1:
+            elif not pool.homes[m, g, e] and pool.copies[m, e] > 1:
                 far += SURPLUS
             if far > farthest:
                 best_layer, best, farthest = m, e, far
@@ -197,7 +202,7 @@ def _make_room(l, m, g, least, expected, pool):
     v, _, f = _victim(l, g, m, expected, pool)
     if (v - l) % len(pool.homes) <= (m - l) % len(pool.homes):
         return False
-    if _distance(l, v, f, pool) < least and np.isfinite(pool.ready[v, :, f]).sum() == 1:
+    if _distance(l, v, f, pool) < least and pool.copies[v, f] == 1:
         return False
     _stop(v, g, f, pool)
     return True
@@ -246,7 +251,7 @@ def fill(now, least, pool, times):
     """Start absent experts where memory is free, in the order of layers: those used in at least a share of the steps."""
     for l in range(len(pool.homes)):
         for e in range(pool.homes.shape[2]):
-            if pool.usage[l % len(pool.usage), e] < least or np.isfinite(pool.ready[l, :, e]).any():
+            if pool.usage[l % len(pool.usage), e] < least or pool.copies[l, e] > 0:
                 continue
             g = _home(l, e, pool)
             if g != NOBODY and pool.held[g] < pool.budget[g]:
@@ -301,7 +306,7 @@ def idle(begin, end, stop, warm, last, pool, times):
                 if until < end:
                     _stop(l, g, e, pool)
             since = max(warm[r, e], begin)
-            if since < end and not np.isfinite(pool.ready[l, :, e]).any():
+            if since < end and pool.copies[l, e] == 0:
                 g = _home(l, e, pool)
                 if pool.held[g] < pool.budget[g]:
                     start(since, l, g, e, pool, times)

@@ -48,15 +48,15 @@ class Settings:
     """Fixed keep-alive of ``paper``."""
     worth_s: float = 2.0
     """Idle time for which ``moemesh`` keeps an expert in any case."""
-    budget: float = 0.85
-    """Memory of ``moemesh`` for experts: so many times that of all experts, once each."""
+    budget: float = 1.1
+    """Memory of ``moemesh`` for experts: so many times that of all experts once each, at most what instances have."""
     form: Form = Form.DEVICES
     parts: Parts = field(default_factory=Parts)
     period_s: float = 15.0
     """Between two looks of ``moemesh`` at homes."""
-    samples: int = 48
-    """Steps that it looks at, spread over the latest four times as many."""
-    extra: float = 0.25
+    samples: int = 64
+    """Steps that it looks at, spread over the latest eight times as many."""
+    extra: float = 0.1
     """Homes beyond the first that it may have, as a share of the experts of a layer."""
 
 
@@ -123,7 +123,7 @@ class Static:
         self.moved = 0
 
     def step(self, index: int, now: float) -> Spent:
-        spent, proxy = _held_step(self.work.loads[index], self.held, self.layers, self.costs)
+        spent, proxy = held_step(self.work.loads[index], self.held, self.layers, self.costs)
         end = now + spent + self.layers * self.inputs.misc_s
         return Spent(spent, 0.0, proxy, self.idle(now, end), 0, end)
 
@@ -177,7 +177,7 @@ class Oracle(Static):
 
 
 @njit(cache=True, nogil=True)
-def _held_step(loads, held, layers, costs):  # noqa: ANN001, ANN202
+def held_step(loads, held, layers, costs):  # noqa: ANN001, ANN202
     """(MoE seconds, proxy) of all layers."""
     spent = proxy = 0.0
     for r in range(len(loads)):
@@ -270,7 +270,7 @@ class Moemesh:
             ready[mine[order, 0], g, mine[order, 1]] = 0.0
         present = np.isfinite(ready)
         return Pool(
-            homes, ready, np.zeros(inputs.instances), present.sum(axis=(0, 2)),
+            homes, ready, present.sum(axis=1), np.zeros(inputs.instances), present.sum(axis=(0, 2)),
             np.full(inputs.instances, budget), np.ones((self.recorded, self.experts)), np.zeros(2, np.int64),
             present.any(axis=1),
         )  # fmt: skip
@@ -303,7 +303,7 @@ class Moemesh:
 
     def _replan(self, index: int, now: float) -> None:
         """Homes for the steps that there were; tiles of a recorded layer have them one instance further each."""
-        seen = np.arange(index - 1, max(-1, index - 1 - 4 * self.settings.samples), -4)
+        seen = np.arange(index - 1, max(-1, index - 1 - 8 * self.settings.samples), -8)
         for layer in range(self.recorded):
             foreseen = self._known[layer]
             loads = (self.work.predicted if foreseen else self.work.loads)[seen, layer].astype(np.float64)
@@ -312,13 +312,17 @@ class Moemesh:
         tiles = [np.roll(self._homes[l % self.recorded], l // self.recorded, axis=0) for l in range(self.layers)]
         move_homes(now, np.stack(tiles), self.pool, self._times)
 
+    @property
+    def _homes_per_layer(self) -> int:
+        """Most of them: no more than fit into memory beside each other."""
+        fit = int(self.pool.budget.sum()) // self.layers
+        return max(self.experts, min(fit, self.experts + round(self.settings.extra * self.experts)))
+
     def _scale(self, loads: NDArray[np.float64], previous: NDArray[np.int64]) -> NDArray[np.int64]:
         if not self.parts.scaler:
             return np.ones_like(previous)
-        slots = self.experts + round(self.settings.extra * self.experts)
-        return scaling.moemesh(
-            loads.mean(axis=0), previous, scaling.Rules(slots, self.inputs.instances, self.settings.threshold)
-        )
+        rules = scaling.Rules(self._homes_per_layer, self.inputs.instances, self.settings.threshold)
+        return scaling.moemesh(loads.mean(axis=0), previous, rules)
 
     def _place(self, loads: NDArray[np.float64], counts: NDArray[np.int64], homes: NDArray[np.bool_]) -> NDArray[np.bool_]:
         count = self.inputs.instances
@@ -326,7 +330,7 @@ class Moemesh:
             first = static_homes(count, self.experts).argmax(axis=0)
             offset = (np.arange(count)[:, None] - first) % count
             return offset < counts
-        slots = np.full(count, -(-(self.experts + round(self.settings.extra * self.experts)) // count) + 1)
+        slots = np.full(count, -(-self._homes_per_layer // count) + 1)
         rows = self.costs[1] / self.costs[0]
         return placing.moemesh(loads, counts, slots, homes, rows)
 

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from shared.elastic.cost import CostMeter
 from shared.replay.inputs import Inputs
-from shared.replay.policies import Policy, Settings, Static, make_policy
-from shared.replay.timing import Form
+from shared.replay.policies import Policy, Settings, held_step, make_policy, static_homes
+from shared.replay.timing import Form, costs
 from shared.replay.work import Clock, Work
 
 
@@ -44,7 +44,7 @@ class Outcome:
             "layer_ms_p50": round(float(percentiles[0]), 4),
             "layer_ms_p99": round(float(percentiles[1]), 4),
             "waited_s": round(self.waited_s, 3),
-            "late_share": round(self.late, 5),
+            "late_share": round(float(self.late), 5),
             "residents": round(self.residents, 1),
             "proxy_gb_s": round(self.proxy, 2),
             "resident_gb_s": round(self.resident, 1),
@@ -57,12 +57,9 @@ class Outcome:
 
 def static_clock(inputs: Inputs, layers: int, experts: int, form: Form) -> Clock:
     """How long a step takes under static expert parallelism: what batches are formed by."""
-    from shared.replay.policies import _held_step, static_homes
-    from shared.replay.timing import costs
-
     homes = static_homes(inputs.instances, experts).astype(np.int64)
     held, count, numbers = np.repeat(homes[None], layers, axis=0), inputs.layers or layers, costs(inputs, form)
-    return lambda loads: float(_held_step(loads, held, count, numbers)[0]) + count * inputs.misc_s
+    return lambda loads: float(held_step(loads, held, count, numbers)[0]) + count * inputs.misc_s
 
 
 def run_policy(
@@ -106,5 +103,3 @@ def closed(outcome: Outcome, static: Outcome, oracle: Outcome) -> float:
     gap = static.times.mean() - oracle.times.mean()
     return float((static.times.mean() - outcome.times.mean()) / gap) if gap > 0 else 0.0
 
-
-__all__ = ["Outcome", "Static", "closed", "run_policy", "static_clock"]
