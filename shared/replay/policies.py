@@ -18,6 +18,8 @@ from shared.replay.papers import PaperPool, paper_step
 from shared.replay.timing import Costs, Form, balanced_time, costs, even_time
 from shared.replay.work import Work
 
+FEWEST_STEPS = 16
+"""Before `moemesh` looks at homes for the first time."""
 EPLB_PERIOD_S = 600.0
 """The paper: "e.g. every ten minutes"."""
 
@@ -46,15 +48,15 @@ class Settings:
     """Coefficient of variation that is even enough (V)."""
     keep_s: float = 60.0
     """Fixed keep-alive of ``paper``."""
-    worth_s: float = 2.0
+    worth_s: float = 20.0
     """Idle time for which ``moemesh`` keeps an expert in any case."""
     budget: float = 1.1
     """Memory of ``moemesh`` for experts: so many times that of all experts once each, at most what instances have."""
     form: Form = Form.DEVICES
     parts: Parts = field(default_factory=Parts)
-    period_s: float = 15.0
+    period_s: float = 30.0
     """Between two looks of ``moemesh`` at homes."""
-    samples: int = 64
+    samples: int = 128
     """Steps that it looks at, spread over the latest eight times as many."""
     extra: float = 0.1
     """Homes beyond the first that it may have, as a share of the experts of a layer."""
@@ -277,7 +279,7 @@ class Moemesh:
 
     def step(self, index: int, now: float) -> Spent:
         work, before = self.work, max(0, index - 1)
-        if now >= self._next and index >= self.settings.samples:
+        if now >= self._next and index >= FEWEST_STEPS:
             self._next = now + self.settings.period_s
             self._replan(index, now)
         if self.parts.keep_alive:
