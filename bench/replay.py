@@ -17,8 +17,8 @@ from typing import Any
 from common import Bar, report
 
 from shared.replay.inputs import COEFFICIENTS, Inputs, load_inputs
-from shared.replay.policies import Parts, Settings
 from shared.replay.plot import plot_outcomes, plot_sweep
+from shared.replay.policies import Parts, Settings
 from shared.replay.run import Outcome
 from shared.replay.session import Draw, Files, against, compare, form
 from shared.replay.timing import Form
@@ -27,7 +27,13 @@ from shared.replay.work import Work
 PROFILES, FORMS = ("local", "paper"), (Form.DEVICES, Form.SUMS)
 THRESHOLDS, DISTANCES, FACTORS = (0.2, 0.4, 0.6, 0.8, 1.0), (1, 2, 3, 4, 5), (0.5, 2.0)
 NO_PARTS = Parts(predictor=False, scaler=False, placer=False, keep_alive=False)
-PAPERS = {"layer vs static": 0.568, "layer vs EPLB": 0.781, "proxy vs static": 0.073, "vs EPLB": 0.049, "vs Oracle": 0.159}
+PAPERS = {
+    "layer vs static": 0.568,
+    "layer vs EPLB": 0.781,
+    "proxy vs static": 0.073,
+    "vs EPLB": 0.049,
+    "vs Oracle": 0.159,
+}
 """What MoEless reports, as ratios."""
 
 
@@ -78,7 +84,9 @@ def cells(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 outcomes = compare(work, inputs, settings, ("eplb", "paper", "moemesh"), silent)
                 rows = rows_of(outcomes)
                 budget = outcomes["paper"].residents / (work.layers(inputs) * work.experts)
-                same = compare(work, inputs, replace(settings, budget=budget, extra=max(0.1, budget - 1)), ("moemesh",), silent)
+                same = compare(
+                    work, inputs, replace(settings, budget=budget, extra=max(0.1, budget - 1)), ("moemesh",), silent
+                )
                 rows["moemesh, paper's memory"] = rows_of(same)["moemesh"]
                 show(f"{profile} {arrivals.stem[-4:]} {kind}", rows)
                 if args.plots:
@@ -130,9 +138,7 @@ def variants() -> Iterator[tuple[str, Parts]]:
 def _plots(result: dict[str, Any], folder: Path) -> None:
     for sweep in ("V", "d"):
         if result[sweep]:
-            lines = {
-                name: [row[name]["layer_ms"] for row in result[sweep].values()] for name in ("paper", "moemesh")
-            }
+            lines = {name: [row[name]["layer_ms"] for row in result[sweep].values()] for name in ("paper", "moemesh")}
             plot_sweep(list(result[sweep]), lines, (sweep, "time of a MoE layer [ms]"), folder / f"replay-{sweep}.png")
 
 

@@ -20,11 +20,14 @@ BATCHING = ("engine", "second")
 
 
 def replay(
-    routing: Annotated[list[Path], typer.Option(help="routing trace of one domain; requests are drawn from all evenly")],
+    routing: Annotated[
+        list[Path], typer.Option(help="routing trace of one domain; requests are drawn from all evenly")
+    ],
     arrivals: Annotated[Path, typer.Option(help="CSV of requests: timestamp, context and generated tokens")],
     policy: Annotated[list[str], typer.Option(help="static, eplb, oracle, paper or moemesh; may be repeated")],
     predicted: Annotated[
-        list[Path] | None, typer.Option(help="predicted routing of each domain, in order; else the latest loads are expected")
+        list[Path] | None,
+        typer.Option(help="predicted routing of each domain, in order; else the latest loads are expected"),
     ] = None,
     profile: Annotated[str, typer.Option(help="inputs to compute with: local, paper")] = "local",
     form: Annotated[str, typer.Option(help="of layer times: devices, sums, paper")] = "devices",
@@ -45,7 +48,8 @@ def replay(
     """Simulate policies on recorded routing and arrivals: time of a MoE layer, and what experts cost in memory."""
     from shared.replay.inputs import load_inputs
     from shared.replay.policies import Settings
-    from shared.replay.session import Draw, Files, against, compare, form as form_steps
+    from shared.replay.session import Draw, Files, against, compare
+    from shared.replay.session import form as form_steps
     from shared.replay.timing import Form
 
     settings = Settings(
@@ -70,7 +74,12 @@ def replay(
             raise MoemeshError(f"{error.filename}: {error.strerror or error}") from error
         outcomes = compare(work, inputs, settings, policy, show)
     facts = {"profile": profile, "form": form, "batching": batching, "distance": distance, "cv": cv, "seed": seed}
-    facts |= {"budget": settings.budget, "predicted": bool(predicted), "steps": len(work.rows), "rows": int(work.rows.sum())}
+    facts |= {
+        "budget": settings.budget,
+        "predicted": bool(predicted),
+        "steps": len(work.rows),
+        "rows": int(work.rows.sum()),
+    }
     if as_json:
         rows = [outcome.as_dict() | against(outcome, outcomes) for outcome in outcomes.values()]
         print(json.dumps(facts | {"inputs": vars(inputs), "outcomes": rows}))
@@ -102,7 +111,17 @@ def _print(facts: dict[str, object], about: str, outcomes: "dict[str, Outcome]")
         f"{facts['steps']} steps, {facts['rows']} rows; {facts['profile']}: {about}; layer times in the form {facts['form']}",
         soft_wrap=True,
     )
-    titles = ("policy", "MoE layer, ms", "p99", "gap closed", "waited, s", "residents", "proxy", "resident", "provisioned")
+    titles = (
+        "policy",
+        "MoE layer, ms",
+        "p99",
+        "gap closed",
+        "waited, s",
+        "residents",
+        "proxy",
+        "resident",
+        "provisioned",
+    )
     table = Table(*titles, box=None, header_style="bold")
     for outcome in outcomes.values():
         row, ratios = outcome.as_dict(), against(outcome, outcomes)

@@ -58,9 +58,7 @@ class Window(Fixed):
     Decisions are made at ticks, so that the window ends at the first tick that sees it empty.
     """
 
-    def __init__(
-        self, layers: int, experts: int, window: float = 60.0, grace: float = 30.0, tick: float = 2.0
-    ) -> None:
+    def __init__(self, layers: int, experts: int, window: float = 60.0, grace: float = 30.0, tick: float = 2.0) -> None:
         super().__init__(layers, experts, window)
         self._grace, self._tick = grace, tick
 

@@ -1,7 +1,7 @@
 """Arrival traces: when requests come, and how many tokens they have. Columns as in the Azure LLM inference traces.
 
-    TIMESTAMP,ContextTokens,GeneratedTokens
-    2023-11-16 18:15:46.6805900,374,44
+TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
 """
 
 import csv
@@ -47,7 +47,9 @@ def read_arrivals(path: Path, most_context: int) -> Arrivals:
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
         order = _columns(path, next(rows, []))
-        parsed = [_parse(path, line, [row[i] for i in order] if len(row) == 3 else row) for line, row in enumerate(rows, 2)]
+        parsed = [
+            _parse(path, line, [row[i] for i in order] if len(row) == 3 else row) for line, row in enumerate(rows, 2)
+        ]
     if not parsed:
         raise BadArrivals(path, 2, "there are no requests")
     times, context, generated = (np.array(column) for column in zip(*parsed, strict=True))

@@ -61,9 +61,7 @@ class EngineBatches:
         requests, counts = self._running[: self._active][chosen].copy(), self._counts[: self._active][chosen].copy()
         starts = self._computed[requests].copy()
         if chunks:
-            self._active = _advance(
-                self._running, self._active, self._counts, self._length, self._computed, self._end
-            )
+            self._active = _advance(self._running, self._active, self._counts, self._length, self._computed, self._end)
         return Step(requests, starts, counts)
 
     def next_time(self, now: float) -> float:

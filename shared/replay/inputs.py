@@ -77,7 +77,9 @@ class BudgetTooSmall(MoemeshError):
     """A memory budget cannot hold what one row of one layer needs."""
 
     def __init__(self, given: float, smallest: float, why: str) -> None:
-        super().__init__(f"a budget of {given:.4g} bytes is too small: {why} needs {smallest:.0f}, the smallest that works")
+        super().__init__(
+            f"a budget of {given:.4g} bytes is too small: {why} needs {smallest:.0f}, the smallest that works"
+        )
         self.smallest = smallest
 
 

@@ -125,7 +125,11 @@ def _usable(now, l, e, pool, waits, usable):
             usable[g, e] = pool.plan[l, g, e]
             found += 1
     for g in range(len(pool.held)):
-        if found == 0 and pool.alive[l, g, e] > 0 and (first == NOBODY or pool.ready[l, g, e] < pool.ready[l, first, e]):
+        if (
+            found == 0
+            and pool.alive[l, g, e] > 0
+            and (first == NOBODY or pool.ready[l, g, e] < pool.ready[l, first, e])
+        ):
             first = g
     if found > 0:
         return 0

@@ -29,7 +29,9 @@ def plot_outcomes(outcomes: Sequence[Outcome], title: str, file: Path) -> None:
     _save(figure, file)
 
 
-def plot_sweep(values: Sequence[float], lines: Mapping[str, Sequence[float]], labels: tuple[str, str], file: Path) -> None:
+def plot_sweep(
+    values: Sequence[float], lines: Mapping[str, Sequence[float]], labels: tuple[str, str], file: Path
+) -> None:
     """One line for each policy or form. labels: of the axes."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")

@@ -179,7 +179,7 @@ class Oracle(Static):
 
 
 @njit(cache=True, nogil=True)
-def held_step(loads, held, layers, costs):  # noqa: ANN001, ANN202
+def held_step(loads, held, layers, costs):  # noqa: ANN001
     """(MoE seconds, proxy) of all layers."""
     spent = proxy = 0.0
     for r in range(len(loads)):
@@ -242,7 +242,12 @@ class Moemesh:
         self._known = work.known if self.parts.predictor else np.zeros_like(work.known)
         self.pool = self._first_pool(self._budget())
         self._keep = Histogram(
-            self.recorded, self.experts, fallback=settings.keep_s, start_s=inputs.warm_s, worth_s=settings.worth_s, tail=0.999
+            self.recorded,
+            self.experts,
+            fallback=settings.keep_s,
+            start_s=inputs.warm_s,
+            worth_s=settings.worth_s,
+            tail=0.999,
         )
         self._counts = np.ones((self.recorded, self.experts), np.int64)
         self._homes = self.pool.homes[: self.recorded].copy()
@@ -326,7 +331,9 @@ class Moemesh:
         rules = scaling.Rules(self._homes_per_layer, self.inputs.instances, self.settings.threshold)
         return scaling.moemesh(loads.mean(axis=0), previous, rules)
 
-    def _place(self, loads: NDArray[np.float64], counts: NDArray[np.int64], homes: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _place(
+        self, loads: NDArray[np.float64], counts: NDArray[np.int64], homes: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
         count = self.inputs.instances
         if not self.parts.placer:
             first = static_homes(count, self.experts).argmax(axis=0)

@@ -1,5 +1,5 @@
 """Recorded routing as a replay draws from it: how many rows of a passage chose each expert, by differences of sums."""
-# ruff: noqa: ANN001, ANN202 - numba infers the types of compiled functions
+# ruff: noqa: ANN001 - numba infers the types of compiled functions
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -102,4 +102,3 @@ def closed(outcome: Outcome, static: Outcome, oracle: Outcome) -> float:
     """Share of the gap between static expert parallelism and perfect balance that a policy closes."""
     gap = static.times.mean() - oracle.times.mean()
     return float((static.times.mean() - outcome.times.mean()) / gap) if gap > 0 else 0.0
-

@@ -43,7 +43,9 @@ class Draw:
 def read_domains(files: Files, distance: int) -> list[tuple[Passages, Passages | None]]:
     """Routing and predicted routing of each domain. Raises BadTrace, Mismatch, ConfigError, OSError."""
     if files.predicted and len(files.predicted) != len(files.routing):
-        problem = f"{len(files.predicted)} predicted traces for {len(files.routing)} of routing: give one for each, in order"
+        problem = (
+            f"{len(files.predicted)} predicted traces for {len(files.routing)} of routing: give one for each, in order"
+        )
         raise ConfigError("--predicted", problem)
     domains = []
     for number, path in enumerate(files.routing):
