@@ -2,6 +2,7 @@
 
 Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments
 go to peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE.
+Those behind --replay go to replay.py, which measures nothing without traces: --routing, --predicted, --arrivals.
 """
 
 import json
@@ -45,8 +46,8 @@ def core_times() -> list[int]:
     return [int(word) for word in Path("/proc/stat").read_text().split()[1:9]]
 
 
-def all_bars(scratch: Path, peers: list[str]) -> list[dict[str, Any]]:
-    """The bars of every bench, each with its bench's name; ``peers``: arguments of peers.py."""
+def all_bars(scratch: Path, peers: list[str], replay: list[str]) -> list[dict[str, Any]]:
+    """The bars of every bench, each with its bench's name; ``peers``, ``replay``: arguments of peers.py, replay.py."""
     from shared.models.presets import make_checkpoint
 
     model = scratch / "bench-1b"
@@ -54,14 +55,21 @@ def all_bars(scratch: Path, peers: list[str]) -> list[dict[str, Any]]:
     results = [run("peers.py", "--model", str(model), "--json", *peers)]
     results += [run(script, "--model", str(model), "--json") for script in SCRIPTS]
     results += [run(script) for script in (*PURE, *(AS_ROOT if os.geteuid() == 0 else ()))]
+    results.append(run("replay.py", *replay))
     return [
         {"bench": result["bench"], "stolen": result["stolen"], **bar} for result in results for bar in result["bars"]
     ]
 
 
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Those before and behind --replay."""
+    at = arguments.index("--replay") if "--replay" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="moemesh-bars-") as scratch:
-        bars = all_bars(Path(scratch), sys.argv[1:])
+        bars = all_bars(Path(scratch), *split(sys.argv[1:]))
     table = Table("bench", "measure", "value", "bar", "ok", "stolen")
     for bar in bars:
         sign = "<=" if bar["at_most"] else ">="

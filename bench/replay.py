@@ -1,11 +1,11 @@
 """What do elastic experts bring on recorded routing and arrivals, beside static expert parallelism, EPLB and MoEless?
 
-    python bench/replay.py --routing A.trace B.trace --predicted 'A-d{d}.trace' 'B-d{d}.trace' --arrivals conv.csv code.csv
+    python bench/replay.py --routing A.trace B.trace --predicted 'A-d{d}.trace' 'B-d{d}.trace' --arrivals X.csv Y.csv
 
-One routing trace for each domain (`moemesh trace record`, `moemesh predictor apply`), predicted ones by distance, arrivals
-as in the Azure LLM inference traces. Compares all policies in both profiles of shared/replay/inputs.toml and two forms of
-layer times, then sweeps V and d, leaves parts of `moemesh` out, and scales coefficients, on the first arrival trace.
-Without data it says so and measures nothing. The last line is one JSON object.
+One routing trace for each domain (`moemesh trace record`, `moemesh predictor apply`), predicted ones by distance,
+arrivals as in the Azure LLM inference traces. Compares all policies in both profiles of shared/replay/inputs.toml and
+in all forms of layer times, then sweeps V and d, leaves parts of `moemesh` out, and scales coefficients, on the first
+arrival trace. Without data it says so and measures nothing. The last line is one JSON object.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def cells(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def sweeps(args: argparse.Namespace) -> dict[str, Any]:
-    """V and d as in the paper, parts on alone and off alone, coefficients halved and doubled; profile local, devices."""
+    """V and d as in the paper, parts on alone and off alone, coefficients halved and doubled; local, devices."""
     inputs, draw, arrivals = load_inputs("local"), Draw(args.sweep_seconds), args.arrivals[0]
     base = Settings()
     work = work_of(args, arrivals, inputs, base, draw)

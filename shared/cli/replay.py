@@ -108,7 +108,8 @@ def _print(facts: dict[str, object], about: str, outcomes: "dict[str, Outcome]")
 
     out = Console(highlight=False)
     out.print(
-        f"{facts['steps']} steps, {facts['rows']} rows; {facts['profile']}: {about}; layer times in the form {facts['form']}",
+        f"{facts['steps']} steps, {facts['rows']} rows; {facts['profile']}: {about}; "
+        f"layer times in the form {facts['form']}",
         soft_wrap=True,
     )
     titles = (

@@ -1,7 +1,7 @@
-"""What residents cost, in three forms that must not be confused. Byte-seconds; fed by events with times, live or in replay.
+"""What residents cost, in three forms that must not be confused: byte-seconds, from events with times, live or not.
 
-* *proxy*, the paper's (MoEless, arXiv 2603.06350, section 3.3): a layer's replicas are charged while that layer runs, and
-  nothing else but a constant memory for the rest of its time. Memory that is held between two turns of a layer is free.
+* *proxy*, the paper's (MoEless, arXiv 2603.06350, section 3.3): a layer's replicas are charged while that layer runs,
+  and nothing else but a constant memory for the rest of its time. What is held between two turns of a layer is free.
 * *resident*: all experts in memory at any time, used or idle, and the same constant.
 * *provisioned*: the memory of all instances, as long as they exist. What a bill says.
 """

@@ -1,7 +1,7 @@
 """How long an idle expert stays resident, and when it is started ahead of its next use: three policies.
 
-All of them note uses, one numpy call per exchange, in arrays [layers, experts] of fixed size; the caller gives the time.
-They know nothing of memory: what must go because there is no room is decided elsewhere.
+All of them note uses, one numpy call per exchange, in arrays [layers, experts] of fixed size; the caller gives the
+time. They know nothing of memory: what must go because there is no room is decided elsewhere.
 """
 
 from typing import NamedTuple, Protocol

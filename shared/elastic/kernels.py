@@ -74,7 +74,7 @@ def _even_enough(loads, counts, e, threshold, target_rows):
 
 @njit(cache=True, nogil=True)
 def _keep(loads, previous, instances, slack, left, counts):
-    """Hysteresis: as long as slots are left, replicas stay whose experts would be nearly the most loaded without them."""
+    """Hysteresis: while slots are left, replicas stay whose experts would be nearly the most loaded without them."""
     top = most_loaded(loads, counts, np.int64(1) << 62)
     if top == NOBODY:
         return
@@ -220,7 +220,7 @@ def _best(shares, homes, carried, scale, slots, e, leaving):
 
 @njit(cache=True, nogil=True)
 def _make_room(shares, homes, carried, scale, slots, e):
-    """Every instance without ``e`` is full: one of their experts goes to a free slot elsewhere. Returns whose it was."""
+    """Every instance without ``e`` is full: one of their experts goes to a free slot elsewhere. Returns whose."""
     best, least = (NOBODY, NOBODY, NOBODY), np.inf
     for g in range(len(homes)):
         for h in range(len(homes)):

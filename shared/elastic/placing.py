@@ -7,10 +7,10 @@ follows the busiest instance of each exchange. It begins with the homes that the
 """
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from shared.elastic.kernels import fill_homes, fill_paper_homes
-from shared.elastic.scaling import Counts, Floats
+from shared.elastic.scaling import Counts
 
 PRICE = 0.02
 """Share of the busiest instances' unevenness that must be gained by each start."""
@@ -18,7 +18,7 @@ ROUNDS = 8
 """Of improving moves, one out of every instance; later ones gain little."""
 
 
-def paper(loads: Floats, counts: Counts, last: Counts) -> Counts:
+def paper(loads: ArrayLike, counts: ArrayLike, last: ArrayLike) -> Counts:
     """Replicas of each expert on each instance, int64 [instances, E]: Algorithm 2 as written.
 
     The most loaded replica first: where it was placed last time, as long as there is one that nobody has taken yet,
@@ -29,16 +29,17 @@ def paper(loads: Floats, counts: Counts, last: Counts) -> Counts:
         counts: [E], replicas per expert.
         last: [instances, E], the replicas that are alive.
     """
-    held = np.zeros(last.shape, np.int64)
-    fill_paper_homes(np.asarray(loads, np.float64), np.asarray(counts, np.int64), np.asarray(last, np.int64), held)
+    alive = np.asarray(last, np.int64)
+    held = np.zeros(alive.shape, np.int64)
+    fill_paper_homes(np.asarray(loads, np.float64), np.asarray(counts, np.int64), alive, held)
     return held
 
 
 def moemesh(
-    loads: Floats,
-    counts: Counts,
-    slots: Counts,
-    warm: NDArray[np.bool_],
+    loads: ArrayLike,
+    counts: ArrayLike,
+    slots: ArrayLike,
+    warm: ArrayLike,
     replica_rows: float = 0.0,
     price: float = PRICE,
 ) -> NDArray[np.bool_]:
@@ -56,11 +57,11 @@ def moemesh(
         ValueError: the counts do not fit.
     """
     samples = np.atleast_2d(np.asarray(loads, np.float64))
-    counts, slots = np.asarray(counts, np.int64), np.asarray(slots, np.int64)
-    if counts.min(initial=1) < 1 or counts.max(initial=0) > len(slots) or counts.sum() > slots.sum():
-        raise ValueError(f"{counts.sum()} replicas do not fit into {len(slots)} instances of {slots.tolist()} slots")
-    shares = (samples + replica_rows * (samples > 0)) / counts
+    wanted, room = np.asarray(counts, np.int64), np.asarray(slots, np.int64)
+    if wanted.min(initial=1) < 1 or wanted.max(initial=0) > len(room) or wanted.sum() > room.sum():
+        raise ValueError(f"{wanted.sum()} replicas do not fit into {len(room)} instances of {room.tolist()} slots")
+    shares = (samples + replica_rows * (samples > 0)) / wanted
     homes = np.array(warm, np.bool_)
-    if not fill_homes(np.ascontiguousarray(shares), counts, slots, float(price), ROUNDS, homes):
-        raise ValueError(f"{counts.max()} replicas of one expert do not fit into slots {slots.tolist()}")
+    if not fill_homes(np.ascontiguousarray(shares), wanted, room, float(price), ROUNDS, homes):
+        raise ValueError(f"{wanted.max()} replicas of one expert do not fit into slots {room.tolist()}")
     return homes

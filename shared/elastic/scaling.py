@@ -1,18 +1,17 @@
 """How many replicas every expert of a layer gets for a load, by two policies. Pure: arrays in, arrays out.
 
-``paper`` is MoEless (arXiv 2603.06350), Algorithm 1, as written. ``moemesh`` is what we make of it: idle experts keep its
-coefficient of variation up, so that it shreds hot experts to the level of cold ones; it may exceed its memory by a
-replica; and it splits experts of a few rows, although every further replica has to read the expert's weights too.
+``paper`` is MoEless (arXiv 2603.06350), Algorithm 1, as written. ``moemesh`` is what we make of it: idle experts keep
+its coefficient of variation up, so that it shreds hot experts to the level of cold ones; it may exceed its memory by
+a replica; and it splits experts of a few rows, although every further replica has to read the expert's weights too.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from shared.elastic.kernels import fill_counts, fill_paper_counts
 
-Floats = NDArray[np.floating]
 Counts = NDArray[np.int64]
 
 
@@ -35,7 +34,7 @@ class Rules:
     """A replica is kept while its expert would, without it, be within this share of the most loaded one."""
 
 
-def paper(loads: Floats, cap_bytes: float, expert_bytes: float, threshold: float = 0.2) -> Counts:
+def paper(loads: ArrayLike, cap_bytes: float, expert_bytes: float, threshold: float = 0.2) -> Counts:
     """Replicas per expert, int64 [E]: Algorithm 1 as written, with a load split evenly over all replicas of its expert.
 
     One each; then, until the coefficient of variation over all replicas is at most ``threshold`` or the memory of what
@@ -49,15 +48,15 @@ def paper(loads: Floats, cap_bytes: float, expert_bytes: float, threshold: float
     Raises:
         ValueError: loads are negative or not finite, or the cap is.
     """
-    _check(loads)
+    rows = _rows(loads)
     if not (np.isfinite(cap_bytes) and cap_bytes >= 0 and expert_bytes > 0):
         raise ValueError(f"a cap of {cap_bytes} bytes for experts of {expert_bytes}: give finite, positive sizes")
-    counts = np.ones(len(loads), np.int64)
-    fill_paper_counts(np.asarray(loads, np.float64), int(np.ceil(cap_bytes / expert_bytes)), float(threshold), counts)
+    counts = np.ones(len(rows), np.int64)
+    fill_paper_counts(rows, int(np.ceil(cap_bytes / expert_bytes)), float(threshold), counts)
     return counts
 
 
-def moemesh(loads: Floats, previous: Counts, rules: Rules) -> Counts:
+def moemesh(loads: ArrayLike, previous: ArrayLike, rules: Rules) -> Counts:
     """Replicas per expert, int64 [E]: one each, more for those that hold the layer up, where a replica pays.
 
     Args:
@@ -67,14 +66,12 @@ def moemesh(loads: Floats, previous: Counts, rules: Rules) -> Counts:
     Raises:
         ValueError: loads are negative or not finite, or there are fewer slots than experts.
     """
-    _check(loads)
-    if rules.slots < len(loads):
-        raise ValueError(f"{rules.slots} slots cannot hold {len(loads)} experts: add instances or slots")
-    counts = np.ones(len(loads), np.int64)
+    rows = _rows(loads)
+    if rules.slots < len(rows):
+        raise ValueError(f"{rules.slots} slots cannot hold {len(rows)} experts: add instances or slots")
+    counts = np.ones(len(rows), np.int64)
     numbers = (float(rules.threshold), float(rules.replica_rows), float(rules.target_rows), float(rules.slack))
-    fill_counts(
-        np.asarray(loads, np.float64), np.asarray(previous, np.int64), rules.slots, rules.instances, numbers, counts
-    )
+    fill_counts(rows, np.asarray(previous, np.int64), rules.slots, rules.instances, numbers, counts)
     return counts
 
 
@@ -86,6 +83,8 @@ def rows_within(seconds: float, row_s: float, replica_s: float) -> float:
     return max(1.0, (seconds - replica_s) / row_s)
 
 
-def _check(loads: Floats) -> None:
-    if not np.isfinite(loads).all() or (loads < 0).any():
+def _rows(loads: ArrayLike) -> NDArray[np.float64]:
+    rows = np.asarray(loads, np.float64)
+    if not np.isfinite(rows).all() or (rows < 0).any():
         raise ValueError("the load of an expert is negative or not a finite number")
+    return rows

@@ -39,7 +39,7 @@ class Arrivals(NamedTuple):
     def first(self, seconds: float) -> "Arrivals":
         """Those of the first so many seconds; 0: all."""
         count = len(self.times) if seconds <= 0 else int(np.searchsorted(self.times, seconds))
-        return Arrivals(*(column[:count] for column in self))
+        return Arrivals(self.times[:count], self.context[:count], self.generated[:count])
 
 
 def read_arrivals(path: Path, most_context: int) -> Arrivals:
@@ -47,16 +47,16 @@ def read_arrivals(path: Path, most_context: int) -> Arrivals:
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
         order = _columns(path, next(rows, []))
-        parsed = [
-            _parse(path, line, [row[i] for i in order] if len(row) == 3 else row) for line, row in enumerate(rows, 2)
-        ]
+        parsed = [_parse(path, line, row, order) for line, row in enumerate(rows, 2)]
     if not parsed:
         raise BadArrivals(path, 2, "there are no requests")
-    times, context, generated = (np.array(column) for column in zip(*parsed, strict=True))
+    stamps, context, generated = zip(*parsed, strict=True)
+    times = np.array(stamps, np.float64)
     backwards = np.flatnonzero(np.diff(times) < 0)
     if backwards.size:
         raise BadArrivals(path, int(backwards[0]) + 3, "its time is before that of the line above")
-    return Arrivals(times - times[0], np.minimum(context, most_context), generated)
+    cut = np.minimum(np.array(context, np.int64), most_context)
+    return Arrivals(times - times[0], cut, np.array(generated, np.int64))
 
 
 def _columns(path: Path, header: list[str]) -> list[int]:
@@ -66,15 +66,15 @@ def _columns(path: Path, header: list[str]) -> list[int]:
     return [names.index(column) for column in COLUMNS]
 
 
-def _parse(path: Path, line: int, row: list[str]) -> tuple[float, int, int]:
-    """Seconds, context, generated. Digits of a second beyond the sixth are added by hand: datetime takes six."""
+def _parse(path: Path, line: int, row: list[str], order: list[int]) -> tuple[float, int, int]:
+    """Seconds, context, generated. The fraction of a second is added by hand: datetime takes six digits."""
     if len(row) != 3 or not all(cell.strip() for cell in row):
         raise BadArrivals(path, line, f"{sum(bool(cell.strip()) for cell in row)} values, expected 3")
     try:
-        whole, _, fraction = row[0].strip().partition(".")
+        stamp, context, generated = row[order[0]], int(row[order[1]]), int(row[order[2]])
+        whole, _, fraction = stamp.strip().partition(".")
         moment = datetime.fromisoformat(whole).replace(tzinfo=timezone.utc)  # noqa: UP017
         seconds = moment.timestamp() + (float(f"0.{fraction}") if fraction else 0.0)
-        context, generated = int(row[1]), int(row[2])
     except ValueError as error:
         raise BadArrivals(path, line, str(error)) from error
     if context < 1 or generated < 1:

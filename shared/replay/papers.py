@@ -43,9 +43,9 @@ def paper_step(now, loads, expected, history, known, distance, pool, rules, cost
     layers, recorded = len(pool.plan), len(loads)
     spent = waited = proxy = resident = 0.0
     late = 0
-    for l in range(layers):
-        r, m = l % recorded, (l + distance) % layers
-        foreseen = l + distance < layers and known[m % recorded]
+    for layer in range(layers):
+        r, m = layer % recorded, (layer + distance) % layers
+        foreseen = layer + distance < layers and known[m % recorded]
         forecast = expected[m % recorded] if foreseen else history[m % recorded]
         resident -= _release(now, m, rules[3], pool)
         _plan(now, m, forecast.astype(np.float64), pool, rules, times)
@@ -53,12 +53,12 @@ def paper_step(now, loads, expected, history, known, distance, pool, rules, cost
         usable = np.zeros((len(pool.held), loads.shape[1]), np.int64)
         for e in range(loads.shape[1]):
             if loads[r, e] > 0:
-                late += _usable(now, l, e, pool, waits, usable)
+                late += _usable(now, layer, e, pool, waits, usable)
         time = even_time(loads[r], usable, waits, costs)
         if waits.max() > 0:
             waited += max(0.0, time - even_time(loads[r], usable, np.zeros(len(waits)), costs))
         spent += time
-        proxy += time * pool.alive[l].sum()
+        proxy += time * pool.alive[layer].sum()
         resident += pool.held.sum() * (time + times[0])
         now += time + times[0]
     return spent, waited, proxy, resident, late, now
@@ -116,23 +116,23 @@ def _evict(now, g, pool):
 
 
 @njit(cache=True, nogil=True)
-def _usable(now, l, e, pool, waits, usable):
+def _usable(now, layer, e, pool, waits, usable):
     """Planned replicas that are ready; else any that is; else the first one that will be, for which its GPU waits."""
     first = NOBODY
     found = 0
     for g in range(len(pool.held)):
-        if pool.plan[l, g, e] > 0 and pool.ready[l, g, e] <= now:
-            usable[g, e] = pool.plan[l, g, e]
+        if pool.plan[layer, g, e] > 0 and pool.ready[layer, g, e] <= now:
+            usable[g, e] = pool.plan[layer, g, e]
             found += 1
     for g in range(len(pool.held)):
         if (
             found == 0
-            and pool.alive[l, g, e] > 0
-            and (first == NOBODY or pool.ready[l, g, e] < pool.ready[l, first, e])
+            and pool.alive[layer, g, e] > 0
+            and (first == NOBODY or pool.ready[layer, g, e] < pool.ready[layer, first, e])
         ):
             first = g
     if found > 0:
         return 0
     usable[first, e] = 1
-    waits[first] = max(waits[first], pool.ready[l, first, e] - now)
-    return 1 if pool.ready[l, first, e] > now else 0
+    waits[first] = max(waits[first], pool.ready[layer, first, e] - now)
+    return 1 if pool.ready[layer, first, e] > now else 0

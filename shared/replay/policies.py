@@ -143,7 +143,7 @@ class Static:
 
 
 class Eplb(Static):
-    """DeepSeek's EPLB from the loads so far, every ten minutes. It waits for no start: those happen before the switch."""
+    """DeepSeek's EPLB from the loads so far, every ten minutes. It waits for no start: they come before the switch."""
 
     def __init__(self, work: Work, inputs: Inputs, settings: Settings) -> None:
         super().__init__(work, inputs, settings)
@@ -160,7 +160,9 @@ class Eplb(Static):
     def _rebalance(self) -> None:
         count, experts = self.inputs.instances, self.work.experts
         replicas = -(-experts // count) * count + count * self.inputs.eplb_extra
-        table = rebalance_experts(self._seen, replicas, 1, 1, count).reshape(len(self.held), count, -1)
+        table = rebalance_experts(self._seen.astype(np.float64), replicas, 1, 1, count).reshape(
+            len(self.held), count, -1
+        )
         held = np.zeros_like(self.held)
         for layer, g in np.ndindex(table.shape[:2]):
             held[layer, g] = np.bincount(table[layer, g], minlength=experts)
@@ -179,7 +181,7 @@ class Oracle(Static):
 
 
 @njit(cache=True, nogil=True)
-def held_step(loads, held, layers, costs):  # noqa: ANN001
+def held_step(loads, held, layers, costs):  # noqa: ANN001, ANN201
     """(MoE seconds, proxy) of all layers."""
     spent = proxy = 0.0
     for r in range(len(loads)):
@@ -279,7 +281,7 @@ class Moemesh:
         return Pool(
             homes, ready, present.sum(axis=1), np.zeros(inputs.instances), present.sum(axis=(0, 2)),
             np.full(inputs.instances, budget), np.ones((self.recorded, self.experts)), np.zeros(2, np.int64),
-            present.any(axis=1),
+            present.sum(axis=1) > 0,
         )  # fmt: skip
 
     def step(self, index: int, now: float) -> Spent:
@@ -316,7 +318,7 @@ class Moemesh:
             loads = (self.work.predicted if foreseen else self.work.loads)[seen, layer].astype(np.float64)
             self._counts[layer] = self._scale(loads, self._counts[layer])
             self._homes[layer] = self._place(loads, self._counts[layer], self._homes[layer])
-        tiles = [np.roll(self._homes[l % self.recorded], l // self.recorded, axis=0) for l in range(self.layers)]
+        tiles = [np.roll(self._homes[n % self.recorded], n // self.recorded, axis=0) for n in range(self.layers)]
         move_homes(now, np.stack(tiles), self.pool, self._times)
 
     @property

@@ -1,5 +1,5 @@
 """Recorded routing as a replay draws from it: how many rows of a passage chose each expert, by differences of sums."""
-# ruff: noqa: ANN001 - numba infers the types of compiled functions
+# ruff: noqa: ANN001, ANN201 - numba infers the types of compiled functions
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +62,8 @@ def read_passages(path: Path, like: Passages | None = None) -> Passages:
         raise Mismatch(f"{path}: {rows} rows of {experts} experts, but the routing has {like.rows} of {like.experts}")
     sums = np.zeros((rows + 1, len(layers), experts), np.int32)
     for layer, ids in tables.items():
-        np.add.at(sums, (np.arange(1, rows + 1)[:, None], layers.index(layer), ids), 1)
+        for column in ids.T:
+            np.add.at(sums[:, layers.index(layer)], (np.arange(1, rows + 1), column), 1)
     known = np.array([layer in tables for layer in layers])
     return Passages(np.cumsum(sums, axis=0, dtype=np.int32), layers, known, exchanges[0].ids.shape[1])
 
@@ -84,7 +85,7 @@ def _table(path: Path, exchanges: Sequence[Exchange], layer: int) -> NDArray[np.
 
 @njit(cache=True, nogil=True)
 def add_rows(sums, starts, counts, loads):
-    """loads [layers, experts] += the choices of passages: ``count`` rows from row ``start``, round the end of the trace."""
+    """loads [layers, experts] += the choices of passages: ``count`` rows from row ``start`` on, round the end."""
     rows = sums.shape[0] - 1
     for n in range(len(starts)):
         whole, rest = counts[n] // rows, counts[n] % rows

@@ -1,11 +1,11 @@
 """How long the routed experts of one layer take, in three forms, compiled. Times in seconds, without T_misc.
 
-* ``devices``, the default: an instance computes its replicas one after the other, and reads the weights of each that has
-  rows: max_g sum_r (replica_s + row_s W_r) + 2 link_row_s max_g W_g.
-* ``sums``: the paper's formula for GPUs that compute their replicas one after the other, weights costing nothing to read:
-  max_g sum_r linear_row_s W_r + 2 link_row_s max_g W_g.
-* ``paper`` (MoEless, section 3.3): max_r linear_row_s W_r + 2 link_row_s max_g W_g, as if the replicas on one GPU were
-  computed beside each other.
+* ``devices``, the default: an instance computes its replicas one after the other, and reads the weights of each that
+  has rows: max_g sum_r (replica_s + row_s W_r) + 2 link_row_s max_g W_g.
+* ``sums``: the paper's formula for GPUs that compute their replicas one after the other, weights costing nothing to
+  read: max_g sum_r linear_row_s W_r + 2 link_row_s max_g W_g.
+* ``paper`` (MoEless, section 3.3): max_r linear_row_s W_r + 2 link_row_s max_g W_g, as if the replicas on one GPU
+  were computed beside each other.
 
 W_r are the rows of a replica, W_g those of an instance.
 """
@@ -103,7 +103,7 @@ def divide(loads, usable, waits, costs):
 
 @njit(cache=True, nogil=True)
 def best_move(rows, busy, usable, costs):
-    """Which expert's rows the busiest instance should hand to whom: (expert, instance, rows, the busier one afterwards)."""
+    """Which rows the busiest instance should hand to whom: (expert, instance, rows, the busier of both afterwards)."""
     top = np.argmax(busy)
     best_e, best_h, moved, least = NOBODY, NOBODY, 0, np.inf
     for e in range(rows.shape[1]):

@@ -1,7 +1,8 @@
 """The steps of a replay, formed once: every policy is given the same rows at the same times, so that times compare.
 
 Batches follow a clock: the next step is formed when the one before has ended under static expert parallelism. Faster
-policies compute the same steps sooner, as soon as their requests have come. A request is a passage of its domain's trace, from a row that is drawn; its tokens are the rows that follow.
+policies compute the same steps sooner, as soon as their requests have come. A request is a passage of its domain's
+trace, from a row that is drawn; its tokens are the rows that follow.
 """
 
 from collections.abc import Callable, Sequence

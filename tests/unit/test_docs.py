@@ -6,8 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = (
     "services/gateway", "services/attention", "services/experts", "services/scheduler", "shared", "shared/transport",
-    "shared/models", "shared/models/families", "shared/kernels", "shared/scheduling", "shared/traces", "shared/cli",
-    "bench",
+    "shared/models", "shared/models/families", "shared/kernels", "shared/scheduling", "shared/traces",
+    "shared/elastic", "shared/replay", "shared/cli", "bench",
 )  # fmt: skip
 
 

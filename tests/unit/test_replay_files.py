@@ -84,7 +84,7 @@ def test_the_distance_of_a_predicted_trace_is_checked(tmp_path: Path) -> None:
     ((_, found),) = read_domains(Files((routing,), (predicted,), tmp_path), 1)
     assert found is not None
     assert found.known.tolist() == [False, True, True]
-    with pytest.raises(ConfigError, match="--distance: 2, but .* predicts from a distance of 1"):
+    with pytest.raises(ConfigError, match=r"--distance: 2, but .* predicts from a distance of 1"):
         read_domains(Files((routing,), (predicted,), tmp_path), 2)
     with pytest.raises(ConfigError, match="2 predicted traces for 1 of routing"):
         read_domains(Files((routing,), (predicted, predicted), tmp_path), 1)
@@ -96,7 +96,7 @@ def test_profiles_are_complete_and_an_unknown_one_lists_those_that_there_are(tmp
         assert inputs.slots * inputs.instances >= (inputs.layers or 6) * 32, "every expert has a home"
         assert inputs.warm_s < inputs.cold_s
         assert inputs.scaled("row_s", 2).row_s == 2 * inputs.row_s
-    with pytest.raises(ConfigError, match="'mine' is not in inputs.toml: there are local, paper"):
+    with pytest.raises(ConfigError, match=r"'mine' is not in inputs.toml: there are local, paper"):
         load_inputs("mine")
     file = tmp_path / "x.toml"
     file.write_text("[mine]\nabout = 'x'\nspeed = 3\n")

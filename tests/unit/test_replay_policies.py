@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.unit.replay_cases import EXPERTS, LAYERS, choices, inputs, work, writ
 ALL = ("static", "eplb", "oracle", "paper", "moemesh")
 
 
-def run(name: str, form: Form = Form.DEVICES, seed: int = 0, **settings: object) -> Outcome:
+def run(name: str, form: Form = Form.DEVICES, seed: int = 0, **settings: Any) -> Outcome:
     given = inputs()
     return run_policy(name, work(given, form, seed), given, Settings(form=form, period_s=1.0, **settings))
 
@@ -124,8 +125,8 @@ def test_the_command_prints_one_json_object_and_draws(tmp_path: Path) -> None:
     csv = tmp_path / "a.csv"
     csv.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,30,4\n2023-11-16 18:15:47.1,30,4\n")
     arguments = [
-        "replay", "--routing", str(routing), "--predicted", str(predicted), "--arrivals", str(csv), "--policy", "moemesh",
-        "--json", "--plot", str(tmp_path / "x.png"),
+        "replay", "--routing", str(routing), "--predicted", str(predicted), "--arrivals", str(csv),
+        "--policy", "moemesh", "--json", "--plot", str(tmp_path / "x.png"),
     ]  # fmt: skip
     done = CliRunner().invoke(build_app(), arguments, catch_exceptions=False)
     result = json.loads(done.stdout.splitlines()[-1])
