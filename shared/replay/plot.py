@@ -19,7 +19,7 @@ def plot_outcomes(outcomes: Sequence[Outcome], title: str, file: Path) -> None:
         left.plot(times, np.arange(1, len(times) + 1) / len(times), label=outcome.policy)
     left.set(xlabel="time of a MoE layer, mean of a step [ms]", ylabel="share of steps", title=title)
     left.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower right")
     static = next(outcome for outcome in outcomes if outcome.policy == "static")
     forms = ("proxy", "resident", "provisioned")
     for number, outcome in enumerate(outcomes):
