@@ -1,19 +1,24 @@
 """``moemesh replay``: what elastic experts would do with recorded routing and arrivals, beside other policies."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from shared.errors import ConfigError, MoemeshError
 
 if TYPE_CHECKING:
-    from shared.replay.policies import Parts
+    from shared.replay.inputs import Inputs
+    from shared.replay.policies import Parts, Settings
     from shared.replay.run import Outcome
+    from shared.replay.session import Draw, Files
+    from shared.replay.work import Work
 
 PARTS = ("predictor", "scaler", "placer", "keep-alive")
 BATCHING = ("engine", "second")
@@ -30,6 +35,7 @@ def replay(
         typer.Option(help="predicted routing of each domain, in order; else the latest loads are expected"),
     ] = None,
     profile: Annotated[str, typer.Option(help="inputs to compute with: local, paper")] = "local",
+    inputs: Annotated[Path | None, typer.Option(help="TOML file of profiles; else the built-in one")] = None,
     form: Annotated[str, typer.Option(help="of layer times: devices, sums, paper")] = "devices",
     batching: Annotated[str, typer.Option(help="engine, or second: all requests of a second are one batch")] = "engine",
     seconds: Annotated[float, typer.Option(min=0, help="of the arrivals; 0: all")] = 0.0,
@@ -46,22 +52,40 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Simulate policies on recorded routing and arrivals: time of a MoE layer, and what experts cost in memory."""
-    from shared.replay.inputs import load_inputs
-    from shared.replay.policies import Settings
-    from shared.replay.session import Draw, Files, against, compare
-    from shared.replay.session import form as form_steps
+    from shared.replay.inputs import FILE, load_inputs
+    from shared.replay.policies import Settings, check_policies
+    from shared.replay.session import Draw, Files
     from shared.replay.timing import Form
 
-    settings = Settings(
-        distance=distance, threshold=cv, form=Form(_one_of("--form", form, [*Form])), parts=_parts(without or [])
-    )
-    if budget:
-        settings = Settings(**{**vars(settings), "budget": budget})
-    inputs = load_inputs(profile)
+    check_policies(policy)
+    kind = Form(_one_of("--form", form, [*Form]))
+    settings = Settings(distance=distance, threshold=cv, form=kind, parts=_parts(without or []))
+    settings = replace(settings, budget=budget or settings.budget)
+    given = load_inputs(profile, inputs or FILE)
     files = Files(tuple(routing), tuple(predicted or []), arrivals)
     draw = Draw(seconds, _one_of("--batching", batching, BATCHING) == "second", seed)
+    work, outcomes = _run(files, given, settings, draw, policy)
+    facts = {"profile": profile, "form": form, "batching": batching, "distance": distance, "cv": cv, "seed": seed}
+    facts |= {"budget": settings.budget, "predicted": bool(predicted)}
+    facts |= {"steps": len(work.rows), "rows": int(work.rows.sum())}
+    if as_json:
+        print(json.dumps(facts | {"inputs": vars(given), "outcomes": _rows(outcomes)}))
+    else:
+        _print(facts, given.about, outcomes)
+    if plot:
+        from shared.replay.plot import plot_outcomes
+
+        plot_outcomes(list(outcomes.values()), f"{profile}, {form}", plot)
+
+
+def _run(
+    files: "Files", inputs: "Inputs", settings: "Settings", draw: "Draw", policies: list[str]
+) -> "tuple[Work, dict[str, Outcome]]":
+    """Everything that takes time, with a bar for each part of it on stderr."""
+    from shared.replay.session import compare, form
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        tasks = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(what: str, share: float) -> None:
             if what not in tasks:
@@ -69,26 +93,16 @@ def replay(
             bar.update(tasks[what], completed=share)
 
         try:
-            work = form_steps(files, inputs, settings, draw, show)
+            work = form(files, inputs, settings, draw, show)
         except OSError as error:
             raise MoemeshError(f"{error.filename}: {error.strerror or error}") from error
-        outcomes = compare(work, inputs, settings, policy, show)
-    facts = {"profile": profile, "form": form, "batching": batching, "distance": distance, "cv": cv, "seed": seed}
-    facts |= {
-        "budget": settings.budget,
-        "predicted": bool(predicted),
-        "steps": len(work.rows),
-        "rows": int(work.rows.sum()),
-    }
-    if as_json:
-        rows = [outcome.as_dict() | against(outcome, outcomes) for outcome in outcomes.values()]
-        print(json.dumps(facts | {"inputs": vars(inputs), "outcomes": rows}))
-    else:
-        _print(facts, inputs.about, outcomes)
-    if plot:
-        from shared.replay.plot import plot_outcomes
+        return work, compare(work, inputs, settings, policies, show)
 
-        plot_outcomes(list(outcomes.values()), f"{profile}, {form}", plot)
+
+def _rows(outcomes: "dict[str, Outcome]") -> list[dict[str, float | str]]:
+    from shared.replay.session import against
+
+    return [outcome.as_dict() | against(outcome, outcomes) for outcome in outcomes.values()]
 
 
 def _one_of(setting: str, given: str, known: "list[str] | tuple[str, ...]") -> str:
@@ -103,31 +117,16 @@ def _parts(without: list[str]) -> "Parts":
     return Parts(**{_one_of("--without", part, PARTS).replace("-", "_"): False for part in without})
 
 
-def _print(facts: dict[str, object], about: str, outcomes: "dict[str, Outcome]") -> None:
-    from shared.replay.session import against
-
+def _print(facts: Mapping[str, object], about: str, outcomes: "dict[str, Outcome]") -> None:
     out = Console(highlight=False)
-    out.print(
-        f"{facts['steps']} steps, {facts['rows']} rows; {facts['profile']}: {about}; "
-        f"layer times in the form {facts['form']}",
-        soft_wrap=True,
-    )
-    titles = (
-        "policy",
-        "MoE layer, ms",
-        "p99",
-        "gap closed",
-        "waited, s",
-        "residents",
-        "proxy",
-        "resident",
-        "provisioned",
-    )
-    table = Table(*titles, box=None, header_style="bold")
-    for outcome in outcomes.values():
-        row, ratios = outcome.as_dict(), against(outcome, outcomes)
-        costs = (f"{row[name + '_gb_s']:,.0f}" for name in ("proxy", "resident", "provisioned"))
-        times = (f"{row['layer_ms']:.3f}", f"{row['layer_ms_p99']:.3f}", f"{ratios['closed']:.1%}")
-        table.add_row(outcome.policy, *times, f"{row['waited_s']:.1f}", f"{row['residents']:.0f}", *costs)
+    title = f"{facts['steps']} steps, {facts['rows']} rows; {facts['profile']}: {about}"
+    out.print(f"{title}; layer times in the form {facts['form']}", soft_wrap=True)
+    columns = ("layer ms", "p99", "gap closed", "waited s", "residents", "proxy", "resident", "provisioned")
+    table = Table("policy", *columns, box=None, header_style="bold")
+    for row in _rows(outcomes):
+        cells = [f"{row['layer_ms']:.3f}", f"{row['layer_ms_p99']:.3f}", f"{row['closed']:.1%}"]
+        cells += [f"{row['waited_s']:.1f}", f"{row['residents']:.0f}"]
+        cells += [f"{row[name + '_gb_s']:,.0f}" for name in ("proxy", "resident", "provisioned")]
+        table.add_row(str(row["policy"]), *cells)
     out.print(table)
-    out.print("Costs in GB-seconds: the paper's proxy, all residents over time, and all instances' memory.")
+    out.print("Costs in GB-seconds: the paper's proxy, all residents over time, all instances' memory.", soft_wrap=True)

@@ -1,6 +1,6 @@
 """The policies of a replay: what each one does in a step, and while there is nothing to do."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -96,9 +96,15 @@ class Policy(Protocol):
 
 def make_policy(name: str, work: Work, inputs: Inputs, settings: Settings) -> Policy:
     """Raises ConfigError for an unknown policy, BudgetTooSmall."""
-    if name not in POLICIES:
-        raise ConfigError("--policy", f"{name!r} is none of {', '.join(POLICIES)}")
+    check_policies([name])
     return POLICIES[name](work, inputs, settings)
+
+
+def check_policies(names: Sequence[str]) -> None:
+    """Raises ConfigError for one that is unknown."""
+    for name in names:
+        if name not in POLICIES:
+            raise ConfigError("--policy", f"{name!r} is none of {', '.join(POLICIES)}")
 
 
 def static_homes(instances: int, experts: int) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from shared.errors import ConfigError
 from shared.replay.arrivals import read_arrivals
 from shared.replay.inputs import Inputs
-from shared.replay.policies import POLICIES, Settings
+from shared.replay.policies import Settings, check_policies
 from shared.replay.routing import Passages, read_passages
 from shared.replay.run import Outcome, closed, run_policy, static_clock
 from shared.replay.work import Work, form_work
@@ -79,9 +79,7 @@ def compare(
     work: Work, inputs: Inputs, settings: Settings, policies: Sequence[str], progress: Progress
 ) -> dict[str, Outcome]:
     """The yardsticks and some policies. Raises ConfigError for an unknown one before anything runs, BudgetTooSmall."""
-    for name in policies:
-        if name not in POLICIES:
-            raise ConfigError("--policy", f"{name!r} is none of {', '.join(POLICIES)}")
+    check_policies(policies)
     names = [*YARDSTICKS, *(name for name in dict.fromkeys(policies) if name not in YARDSTICKS)]
     return {
         name: run_policy(name, work, inputs, settings, lambda share, name=name: progress(name, share)) for name in names
