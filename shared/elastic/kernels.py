@@ -93,7 +93,7 @@ def fill_paper_homes(loads, counts, last, held):
     for e in np.argsort(-loads / counts, kind="mergesort"):
         share = loads[e] / counts[e]
         for _ in range(counts[e]):
-            g = _last_place(last, held, e)
+            g = _last_place(last, held, e, carried)
             if g == NOBODY:
                 g = np.argmin(carried)
             held[g, e] += 1
@@ -101,11 +101,13 @@ def fill_paper_homes(loads, counts, last, held):
 
 
 @njit(cache=True, nogil=True)
-def _last_place(last, held, e):
+def _last_place(last, held, e, carried):
+    """Among several the one with the least load."""
+    best = NOBODY
     for g in range(len(held)):
-        if held[g, e] < last[g, e]:
-            return g
-    return NOBODY
+        if held[g, e] < last[g, e] and (best == NOBODY or carried[g] < carried[best]):
+            best = g
+    return best
 
 
 @njit(cache=True, nogil=True)

@@ -21,13 +21,13 @@ ROUNDS = 8
 def paper(loads: ArrayLike, counts: ArrayLike, last: ArrayLike) -> Counts:
     """Replicas of each expert on each instance, int64 [instances, E]: Algorithm 2 as written.
 
-    The most loaded replica first: where it was placed last time, as long as there is one that nobody has taken yet,
-    else on the instance with the least load.
+    The most loaded replica first: where one was placed last time that nobody has taken yet (of several, the paper does
+    not say which: the instance with the least load), else on the instance with the least load of all.
 
     Args:
         loads: [E], rows, split evenly over an expert's replicas.
         counts: [E], replicas per expert.
-        last: [instances, E], the replicas that are alive.
+        last: [instances, E], the last placement, as far as it is alive.
     """
     alive = np.asarray(last, np.int64)
     held = np.zeros(alive.shape, np.int64)

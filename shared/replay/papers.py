@@ -83,7 +83,7 @@ def _plan(now, m, forecast, pool, rules, times):
     slots, most_extra, threshold, _ = rules
     counts = np.ones(len(forecast), np.int64)
     fill_paper_counts(forecast, most_extra, threshold, counts)
-    fill_paper_homes(forecast, counts, pool.alive[m], pool.plan[m])
+    fill_paper_homes(forecast, counts, pool.plan[m].copy(), pool.plan[m])
     for g in range(len(pool.held)):
         for e in range(len(forecast)):
             while pool.plan[m, g, e] > pool.alive[m, g, e]:
