@@ -107,6 +107,20 @@ def check_policies(names: Sequence[str]) -> None:
             raise ConfigError("--policy", f"{name!r} is none of {', '.join(POLICIES)}")
 
 
+def trimmed(homes: NDArray[np.bool_], usage: NDArray[np.float64], budget: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Homes bool [layers, instances, E] without the further ones, least used first, that an instance has no memory for.
+
+    usage [layers, E]; budget [instances]: replicas of all layers.
+    """
+    homes = homes.copy()
+    for g, most in enumerate(budget):
+        for layer, e in np.argwhere(homes[:, g])[np.argsort(usage[homes[:, g]], kind="stable")]:
+            if homes[:, g].sum() <= most:
+                break
+            homes[layer, g, e] = homes[layer, :, e].sum() == 1
+    return homes
+
+
 def static_homes(instances: int, experts: int) -> NDArray[np.bool_]:
     """Expert parallelism: blocks of neighbours, bool [instances, E]."""
     return np.arange(instances)[:, None] == np.arange(experts) * instances // experts
@@ -325,7 +339,8 @@ class Moemesh:
             self._counts[layer] = self._scale(loads, self._counts[layer])
             self._homes[layer] = self._place(loads, self._counts[layer], self._homes[layer])
         tiles = [np.roll(self._homes[n % self.recorded], n // self.recorded, axis=0) for n in range(self.layers)]
-        move_homes(now, np.stack(tiles), self.pool, self._times)
+        usage = np.stack([self.pool.usage[n % self.recorded] for n in range(self.layers)])
+        move_homes(now, trimmed(np.stack(tiles), usage, self.pool.budget), self.pool, self._times)
 
     @property
     def _homes_per_layer(self) -> int:

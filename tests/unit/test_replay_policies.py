@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from shared.cli.main import build_app
 from shared.errors import ConfigError, MoemeshError
 from shared.replay.inputs import BudgetTooSmall
-from shared.replay.policies import Moemesh, Parts, Settings, make_policy
+from shared.replay.policies import Moemesh, Parts, Settings, make_policy, trimmed
 from shared.replay.run import Outcome, run_policy
 from shared.replay.session import compare
 from shared.replay.timing import Form
@@ -136,3 +136,11 @@ def test_the_command_prints_one_json_object_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(MoemeshError, match="No such file"):
         CliRunner().invoke(build_app(), [*arguments, "--arrivals", str(tmp_path / "none")], catch_exceptions=False)
+
+
+def test_homes_that_no_memory_is_left_for_are_given_up_but_never_the_last_of_an_expert() -> None:
+    homes = np.array([[[True, True, True], [True, False, True]]])
+    usage = np.array([[0.9, 0.1, 0.5]])
+    assert trimmed(homes, usage, np.array([3, 2])).tolist() == homes.tolist()
+    assert trimmed(homes, usage, np.array([2, 2])).tolist() == [[[True, True, False], [True, False, True]]]
+    assert trimmed(homes, usage, np.array([0, 0])).any(axis=1).all()
