@@ -2,7 +2,8 @@
 
 Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments
 go to peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE;
-but for --heldout DIR, which goes to predictor.py: it measures nothing without held-out text.
+but for --heldout DIR, the text for predictor.py and elastic.py, and what stands behind --replay, which goes to
+replay.py: they measure nothing without held-out text and traces.
 """
 
 import argparse
@@ -47,8 +48,8 @@ def core_times() -> list[int]:
     return [int(word) for word in Path("/proc/stat").read_text().split()[1:9]]
 
 
-def all_bars(scratch: Path, peers: list[str], heldout: str) -> list[dict[str, Any]]:
-    """The bars of every bench, each with its bench's name; ``peers``: arguments of peers.py."""
+def all_bars(scratch: Path, peers: list[str], heldout: list[str], replay: list[str]) -> list[dict[str, Any]]:
+    """The bars of every bench, each with its bench's name; the rest: arguments of those that need data or servers."""
     from shared.models.presets import make_checkpoint
 
     model = scratch / "bench-1b"
@@ -56,7 +57,8 @@ def all_bars(scratch: Path, peers: list[str], heldout: str) -> list[dict[str, An
     results = [run("peers.py", "--model", str(model), "--json", *peers)]
     results += [run(script, "--model", str(model), "--json") for script in SCRIPTS]
     results += [run(script) for script in (*PURE, *(AS_ROOT if os.geteuid() == 0 else ()))]
-    results.append(run("predictor.py", *(["--heldout", heldout] if heldout else [])))
+    results += [run(script, *heldout) for script in ("predictor.py", "elastic.py")]
+    results.append(run("replay.py", *replay))
     return [
         {"bench": result["bench"], "stolen": result["stolen"], **bar} for result in results for bar in result["bars"]
     ]
@@ -64,10 +66,11 @@ def all_bars(scratch: Path, peers: list[str], heldout: str) -> list[dict[str, An
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--heldout", default="", help="directory of texts, for predictor.py")
+    parser.add_argument("--heldout", default="", help="directory of texts, for predictor.py and elastic.py")
+    parser.add_argument("--replay", nargs=argparse.REMAINDER, default=[], help="everything behind it is replay.py's")
     args, peers = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="moemesh-bars-") as scratch:
-        bars = all_bars(Path(scratch), peers, args.heldout)
+        bars = all_bars(Path(scratch), peers, ["--heldout", args.heldout] if args.heldout else [], args.replay)
     table = Table("bench", "measure", "value", "bar", "ok", "stolen")
     for bar in bars:
         sign = "<=" if bar["at_most"] else ">="

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.eplb import homes_of_replicas, rebalance_experts
 from services.scheduler.homes import (
     BadPlacement,
     check_homes,
@@ -16,6 +15,7 @@ from services.scheduler.homes import (
 )
 from services.scheduler.replacement import fluid_loads, fresh, replace, unevenness
 from services.scheduler.replication import home_counts, improve, place
+from shared.elastic.eplb import homes_of_replicas, rebalance_experts
 
 
 @st.composite

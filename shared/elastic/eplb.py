@@ -7,8 +7,7 @@ original it may put two replicas of one expert on one GPU.
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.homes import Masks
-
+Masks = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
 

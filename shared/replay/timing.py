@@ -1,0 +1,169 @@
+"""How long the routed experts of one layer take, in three forms, compiled. Times in seconds, without T_misc.
+
+* ``devices``, the default: an instance computes its replicas one after the other, and reads the weights of each that
+  has rows: max_g sum_r (replica_s + row_s W_r) + 2 link_row_s max_g W_g.
+* ``sums``: the paper's formula for GPUs that compute their replicas one after the other, weights costing nothing to
+  read: max_g sum_r linear_row_s W_r + 2 link_row_s max_g W_g.
+* ``paper`` (MoEless, section 3.3): max_r linear_row_s W_r + 2 link_row_s max_g W_g, as if the replicas on one GPU
+  were computed beside each other.
+
+W_r are the rows of a replica, W_g those of an instance.
+"""
+# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
+
+from enum import StrEnum
+
+import numpy as np
+from numba import njit
+
+from shared.replay.inputs import Inputs
+
+Costs = tuple[float, float, float, bool]
+"""Seconds per row, per activated replica, per row and link, and whether replicas are computed beside each other."""
+
+
+NOBODY = -1
+MOST_MOVES = 32
+"""Of rows, out of the busiest instance."""
+
+
+class Form(StrEnum):
+    """Which formula."""
+
+    DEVICES = "devices"
+    SUMS = "sums"
+    PAPER = "paper"
+
+
+def costs(inputs: Inputs, form: Form) -> Costs:
+    """What the kernels take."""
+    if form is Form.DEVICES:
+        return inputs.row_s, inputs.replica_s, inputs.link_row_s, False
+    return inputs.linear_row_s, 0.0, inputs.link_row_s, form is Form.PAPER
+
+
+@njit(cache=True, nogil=True)
+def even_time(loads, held, waits, costs):
+    """Every expert's rows are split evenly over its replicas, as the mesh splits them: whole rows, none for some.
+
+    loads [E]; held int64 [instances, E], replicas that can be used, one at least of every expert with rows;
+    waits [instances], before each one can begin.
+    """
+    row_s, replica_s, link_row_s, papers = costs
+    busy, rows, slowest = waits.copy(), np.zeros(len(waits)), 0.0
+    for e in range(len(loads)):
+        if loads[e] == 0:
+            continue
+        replicas = held[:, e].sum()
+        number = 0
+        for g in range(len(held)):
+            for _ in range(held[g, e]):
+                share = loads[e] // replicas + ((number - e) % replicas < loads[e] % replicas)
+                number += 1
+                if share > 0:
+                    busy[g] += replica_s + row_s * share
+                    rows[g] += share
+                    slowest = max(slowest, waits[g] + row_s * share)
+    return (slowest if papers else busy.max()) + 2 * link_row_s * rows.max()
+
+
+@njit(cache=True, nogil=True)
+def divided_time(loads, usable, waits, costs):
+    """Rows are divided by ``divide``, or evenly where that is faster. usable int64 [instances, E], 0 or 1."""
+    rows, _ = divide(loads, usable, waits, costs)
+    return min(_time(rows, waits, costs), even_time(loads, usable, waits, costs))
+
+
+@njit(cache=True, nogil=True)
+def divide(loads, usable, waits, costs):
+    """Who computes how many rows of each expert, int64 [instances, E], and how long each instance is busy.
+
+    Whole experts go to their least busy homes, the longest first, after those that have no choice. Then the busiest
+    instance hands over what helps, an expert or a part of its rows, until nothing does.
+    """
+    rows, busy = np.zeros(usable.shape, np.int64), waits.copy()
+    homes = usable.sum(axis=0)
+    for e in np.argsort(-(loads + (homes == 1) * (1 << 40)), kind="mergesort"):
+        if loads[e] == 0:
+            continue
+        best = NOBODY
+        for g in range(len(busy)):
+            if usable[g, e] and (best == NOBODY or busy[g] < busy[best]):
+                best = g
+        rows[best, e] = loads[e]
+        busy[best] += costs[1] + costs[0] * loads[e]
+    for _ in range(MOST_MOVES):
+        top = np.argmax(busy)
+        e, h, count, busiest = best_move(rows, busy, usable, costs)
+        if e == NOBODY or busiest > busy[top] * (1 - 1e-6):
+            break
+        hand_over(rows, busy, top, h, e, count, costs)
+    return rows, busy
+
+
+@njit(cache=True, nogil=True)
+def best_move(rows, busy, usable, costs):
+    """Which rows the busiest instance should hand to whom: (expert, instance, rows, the busier of both afterwards)."""
+    top = np.argmax(busy)
+    best_e, best_h, moved, least = NOBODY, NOBODY, 0, np.inf
+    for e in range(rows.shape[1]):
+        if rows[top, e] == 0:
+            continue
+        for h in range(len(busy)):
+            if h == top or not usable[h, e]:
+                continue
+            extra = 0.0 if rows[h, e] else costs[1]
+            part = np.int64((busy[top] - busy[h] - extra) / (2 * costs[0]))
+            for count in (rows[top, e], part):
+                if not 0 < count <= rows[top, e]:
+                    continue
+                here = busy[top] - costs[0] * count - (costs[1] if count == rows[top, e] else 0.0)
+                busier = max(here, busy[h] + extra + costs[0] * count)
+                if busier < least:
+                    best_e, best_h, moved, least = e, h, count, busier
+    return best_e, best_h, moved, least
+
+
+@njit(cache=True, nogil=True)
+def hand_over(rows, busy, top, h, e, count, costs):
+    """Carry a move out."""
+    busy[h] += costs[0] * count + (0.0 if rows[h, e] else costs[1])
+    rows[h, e] += count
+    rows[top, e] -= count
+    busy[top] -= costs[0] * count + (0.0 if rows[top, e] else costs[1])
+
+
+@njit(cache=True, nogil=True)
+def _time(rows, waits, costs):
+    """Time of a layer whose instances compute rows int64 [instances, E] of each expert."""
+    row_s, replica_s, link_row_s, papers = costs
+    busiest = most = 0.0
+    for g in range(len(waits)):
+        active, count, largest = 0, 0, 0
+        for e in range(rows.shape[1]):
+            active += rows[g, e] > 0
+            count += rows[g, e]
+            largest = max(largest, rows[g, e])
+        if active:
+            busiest = max(busiest, waits[g] + (row_s * largest if papers else replica_s * active + row_s * count))
+        most = max(most, count)
+    return busiest + 2 * link_row_s * most
+
+
+@njit(cache=True, nogil=True)
+def balanced_time(loads, instances, costs):
+    """Perfect balance: less is impossible for anybody who computes what the gate chose, in the form ``devices``.
+
+    The rows are shared out evenly, and so are the activated experts, each of which is read once, by one instance. In
+    the paper's form every expert has the same load.
+    """
+    row_s, replica_s, link_row_s, papers = costs
+    total, activated = 0, 0
+    for e in range(len(loads)):
+        total += loads[e]
+        activated += loads[e] > 0
+    link = 2 * link_row_s * total / instances
+    if papers:
+        return row_s * total / len(loads) + link
+    read = -(-activated // instances) * (replica_s + row_s)
+    return max(read, (replica_s * activated + row_s * total) / instances) + link
