@@ -21,7 +21,8 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from shared.errors import BadMessage, BusUnavailable, Refused
-from shared.messages import Decision, Message, RefusalCode
+from shared.messages import Message
+from shared.request_messages import Decision, RefusalCode
 from shared.store import MAX_MESSAGE_BYTES, Store
 
 PING_INTERVAL_S = 2

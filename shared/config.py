@@ -90,6 +90,11 @@ class ExpertsConfig(MeshConfig):
     predict_ahead: int = setting(2, "layers ahead for which experts are started")
     eviction: Eviction = setting(Eviction.FORESEEN, "who makes room: foreseen (called last), lru (called longest ago)")  # noqa: RUF009
     keep_alive: float = setting(600.0, "seconds after its last call when an expert is stopped; 0: never")
+    keep_alive_policy: Literal["fixed", "window", "histogram"] = setting(
+        "fixed",
+        "fixed: --keep-alive; window: that and a grace period of 30 s; histogram: by each expert's own idle times, "
+        "which also say when it is started ahead, and --keep-alive while few are known",
+    )
     max_batched_tokens: int = setting(512, "most rows in one exchange; must be the attention pool's")
     dtype: str = setting(
         "auto", "compute dtype: auto (the checkpoint's), float32, bfloat16; must be the same in both pools"

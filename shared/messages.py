@@ -1,7 +1,7 @@
 """Every control message, as typed MessagePack: one small class each, validated where it enters a process.
 
-Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py). What recorders of routing
-and attention say to each other is in shared/traces/wire.py.
+Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py). What gateways and attention
+say to each other about requests is in shared/request_messages.py, recorders of routing in shared/traces/wire.py.
 Unknown fields are tolerated, so that versions can mix; new fields go last and have defaults.
 """
 
@@ -104,6 +104,14 @@ class AttentionFacts(Message):
     """The cost table, where there is anything to choose."""
 
 
+class ExpertCost(Message):
+    """Byte-seconds of experts' memory since the start, in the three forms of shared/elastic/cost.py."""
+
+    proxy: Annotated[float, Field(ge=0)] = 0.0
+    resident: Annotated[float, Field(ge=0)] = 0.0
+    provisioned: Annotated[float, Field(ge=0)] = 0.0
+
+
 class ElasticFacts(Message):
     """Experts that come and go; counts since the start of the instance."""
 
@@ -117,6 +125,7 @@ class ElasticFacts(Message):
     """Starts whose weights came from storage."""
     warm: Count = 0
     stops: Count = 0
+    cost: ExpertCost = ExpertCost()
     broken: tuple[tuple[Count, Count], ...] = ()
     """(Layer, expert) that could not be started here: it should have another home."""
 
@@ -214,136 +223,6 @@ class Activated(Message):
     """Tokens in all of them."""
     masks: bytes
     """uint64 little-endian [exchanges, words of 64 experts], oldest first; bit e % 64 of word e // 64: expert e."""
-
-
-class SamplingParams(Message):
-    """How to choose tokens. Neutral defaults; ranges are checked here once for every entrance."""
-
-    max_tokens: Annotated[int, Field(ge=0)]
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """0 = off."""
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: U64 = 0
-    """Always set: the gateway draws one when the client gave none."""
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    logit_bias: dict[int, float] = {}
-    min_tokens: Count = 0
-    stop_token_ids: tuple[int, ...] = ()
-    """Ends the output; includes the model's end-of-sequence ids unless ``ignore_eos`` was asked for."""
-    logprobs: Annotated[int, Field(ge=-1, le=20)] = -1
-    """-1 = none; otherwise how many alternatives to report beside the sampled token."""
-    prompt_logprobs: Annotated[int, Field(ge=-1, le=20)] = -1
-
-
-class Submit(Message):
-    """Gateway -> attention, request/reply. Idempotent by ``request_id``.
-
-    A prompt whose message would pass the size limit is sent as several messages with rising ``part``; only the
-    last one is acknowledged with a decision, the earlier ones with ``Accepted``.
-    """
-
-    request_id: str
-    gateway: str
-    """Instance id whose tokens subject receives the output."""
-    prompt: bytes
-    """int32 little-endian token ids (of this part)."""
-    sampling: SamplingParams
-    deadline_s: Annotated[float, Field(gt=0)]
-    """Seconds from receipt after which the request is dropped."""
-    output: bytes = b""
-    """int32 little-endian: tokens already delivered, when a request is resumed on another instance."""
-    part: Count = 0
-    parts: Annotated[int, Field(ge=1)] = 1
-    trace: dict[str, str] = {}
-    """W3C trace context headers."""
-
-
-RefusalCode = Literal[
-    "full",  # the queue is full: try another instance or later
-    "draining",  # the instance is leaving: try another
-    "no_experts",  # no placement or no live home
-    "too_long",  # prompt + max_tokens does not fit max_model_len or the KV cache
-    "invalid",  # the request can never succeed
-    "unknown",  # no such request here
-    "deadline",  # the request's deadline passed
-    "not_now",  # the mesh is not in a state to do this; the message says why
-    "internal",  # a defect on our side, logged there
-]
-
-
-class Decision(Message):
-    """Reply to Submit, Cancel and Resend: accepted, or refused with a reason."""
-
-    ok: bool
-    code: RefusalCode | None = None
-    message: str = ""
-
-
-class TokenLogprobs(Message):
-    """Log-probabilities for one position, from the raw logits (before penalties and temperature)."""
-
-    logprob: float | None
-    """Of the token itself; None for the first prompt token."""
-    rank: Count = 0
-    top: tuple[tuple[int, float], ...] = ()
-    """(token id, logprob), most probable first, ties to the lowest id."""
-
-
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-class TokenDelta(Message):
-    """Tokens of one request from ``position`` on (0 = first generated token)."""
-
-    request_id: str
-    position: Count
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    """One per token when asked for."""
-    finish: FinishReason | None = None
-    stop_token: int | None = None
-    """Set when the last of ``tokens`` is a stop token: it counts as output, but has no text."""
-    error: Decision | None = None
-    """Set when ``finish`` is "error"."""
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Sent once, with position 0; long ones in several deltas, those before the last without tokens."""
-    prompt_start: Count = 0
-    """Prompt position of the first of ``prompt_logprobs``."""
-
-
-class Tokens(Message):
-    """Attention -> gateway: the deltas of one step for all of this gateway's requests."""
-
-    attention: str
-    deltas: tuple[TokenDelta, ...]
-
-
-class Ack(Message):
-    """Gateway -> attention: everything below ``received[request_id]`` has arrived and may be forgotten.
-
-    A finished request is acknowledged with ``done`` and then forgotten completely.
-    """
-
-    gateway: str
-    received: dict[str, int] = {}
-    done: tuple[str, ...] = ()
-
-
-class Resend(Message):
-    """Gateway -> attention, request/reply: a gap or a second of silence; send again from ``position``."""
-
-    request_id: str
-    position: Count
-
-
-class Cancel(Message):
-    """Gateway -> attention, request/reply. Unknown ids are fine: the reply is ok either way."""
-
-    request_id: str
 
 
 class Subjects:

@@ -60,6 +60,10 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "expert_start_seconds": ("counter", "Time that starts have taken."),
     "expert_stops": ("counter", "Experts that made room, or that nobody called any more."),
     "expert_start_failures": ("counter", "Starts that failed."),
+    "expert_cost_byte_seconds": (
+        "counter",
+        "Memory of experts over time: proxy (while their layer runs), resident (while loaded), provisioned (budget).",
+    ),
     "prediction_seconds": ("counter", "Time spent on foreseeing loads."),
     "placement_version": ("gauge", "Version of the placement in use."),
     "placements_written": ("counter", "Versions of the placement that this scheduler has written."),

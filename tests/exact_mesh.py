@@ -23,12 +23,13 @@ from services.attention.step import ModelRunner
 from services.experts.answers import KnownPlacement, ServerLimits
 from services.experts.server import ExpertServer
 from shared.kernels.cpu import CpuKernels
-from shared.messages import Placement, SamplingParams, Submit, TokenDelta
+from shared.messages import Placement
 from shared.models.decoder import Decoder
 from shared.models.loader import Checkpoint, open_checkpoint
 from shared.models.local import LocalExperts
 from shared.models.moe import MoeLayer
 from shared.models.precision import choose_precision
+from shared.request_messages import SamplingParams, Submit, TokenDelta
 from shared.transport.faults import Faults
 from shared.transport.memory import MemoryNetwork
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from services.attention.kv_cache import BlockPool, blocks_for
 from services.attention.sequence import TOKEN_BYTES, Sequence
-from shared.messages import Decision, Submit
+from shared.request_messages import Decision, Submit
 
 
 @dataclass(frozen=True)

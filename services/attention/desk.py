@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from services.attention.batching import Limits, refusal
 from services.attention.stats import EngineStats
-from shared.messages import Decision, Submit
+from shared.request_messages import Decision, Submit
 
 ACCEPTED = Decision(ok=True)
 

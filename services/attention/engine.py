@@ -24,8 +24,8 @@ from services.attention.stats import EngineStats
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
 from shared.keep_awake import KeepAwake, LetHalt
-from shared.messages import Ack, Decision, RefusalCode, Submit, TokenDelta
 from shared.metrics import Buckets
+from shared.request_messages import Ack, Decision, RefusalCode, Submit, TokenDelta
 from shared.telemetry import NO_TRACE
 
 IDLE_WAIT_S = 1.0

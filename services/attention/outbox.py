@@ -6,7 +6,7 @@ NATS delivers at most once: positions make repeats harmless, acknowledgements le
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shared.messages import Ack, Decision, FinishReason, TokenDelta, TokenLogprobs
+from shared.request_messages import Ack, Decision, FinishReason, TokenDelta, TokenLogprobs
 
 LINGER_S = 30.0
 """How long a finished request outlives its deadline, so that the gateway can still fetch the end."""

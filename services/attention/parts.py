@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from shared.messages import Decision, Submit
+from shared.request_messages import Decision, Submit
 
 ASSEMBLY_S = 10.0
 """Seconds that the parts of one prompt may take to arrive."""

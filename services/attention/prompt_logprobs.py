@@ -7,7 +7,7 @@ import numpy as np
 from services.attention.batching import Chunk
 from services.attention.sampler import token_logprobs
 from services.attention.sequence import Sequence
-from shared.messages import TokenLogprobs
+from shared.request_messages import TokenLogprobs
 
 LogitsOf = Callable[[np.ndarray], Iterator[tuple[int, np.ndarray]]]
 """Rows of the step (int64) -> their logits, some at a time: (index of the first, fp32 [n, vocab])."""

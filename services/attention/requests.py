@@ -12,7 +12,7 @@ from services.attention.outbox import Outbox
 from services.attention.phases import Phases
 from services.attention.sampler import Choice
 from services.attention.sequence import Sequence, Trace
-from shared.messages import Ack, Decision, FinishReason, RefusalCode, Submit, TokenDelta
+from shared.request_messages import Ack, Decision, FinishReason, RefusalCode, Submit, TokenDelta
 
 NOT_A_NUMBER = "the model computed a value that is not a number"
 

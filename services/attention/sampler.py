@@ -11,7 +11,7 @@ import numpy as np
 
 from services.attention.sampling_kernels import logprob_rows, sample_rows
 from services.attention.sequence import Sequence
-from shared.messages import TokenLogprobs
+from shared.request_messages import TokenLogprobs
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean: always the most probable token."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from services.attention.kv_cache import BlockPool, BlockTable, block_key
-from shared.messages import FinishReason, SamplingParams, Submit, TokenLogprobs
+from shared.request_messages import FinishReason, SamplingParams, Submit, TokenLogprobs
 from shared.telemetry import NO_TRACE
 
 TOKEN_BYTES = "<i4"

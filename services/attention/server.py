@@ -16,8 +16,9 @@ from services.attention.outbox import pack
 from services.attention.parts import PartBuffer
 from shared.lifecycle import Instance
 from shared.membership import Member, Members
-from shared.messages import Ack, Cancel, Decision, Kind, Placement, Resend, State, Submit, TokenDelta, Tokens
+from shared.messages import Kind, Placement, State
 from shared.placement_watch import PlacementWatch
+from shared.request_messages import Ack, Cancel, Decision, Resend, Submit, TokenDelta, Tokens
 from shared.telemetry import extract
 
 REFRESH_S = 1.0

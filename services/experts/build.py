@@ -23,6 +23,7 @@ from services.experts.store import ExpertStore
 from shared.activation import PARTS, Choice
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig, parse_bytes
+from shared.elastic.keep_alive import Fixed, Histogram, KeepAlive, Window
 from shared.elastic.residency import Eviction, Residency
 from shared.errors import ConfigError
 from shared.exchange_frames import Routes
@@ -38,6 +39,9 @@ from shared.pace import Pace
 from shared.predictors.base import Predictor
 from shared.predictors.files import load_predictors
 from shared.transport.base import Transport
+
+SHORT_IDLE_S = 10.0
+"""By its histogram an expert may be idle for much less, between two steps; it is not stopped for that."""
 
 
 @dataclass
@@ -120,7 +124,20 @@ def make_elastic(
     residency = Residency(len(layers), spec.router.experts, count, config.eviction)
     ahead = range(1, config.predict_ahead + 1)
     predictor = find_predictor(config, checkpoint)
-    return Elastic(layers, residency, starts, slots, predictor, ahead, keep_alive=config.keep_alive)
+    keep_alive = make_keep_alive(config, len(layers), spec.router.experts)
+    size = sum(tensor.nbytes for tensor in tensors_of(like))
+    return Elastic(layers, residency, starts, slots, predictor, ahead, keep_alive=keep_alive, slot_bytes=size)
+
+
+def make_keep_alive(config: ExpertsConfig, layers: int, experts: int) -> KeepAlive | None:
+    """The policy of ``--keep-alive-policy``; None when experts stay."""
+    if not config.keep_alive:
+        return None
+    if config.keep_alive_policy == "window":
+        return Window(layers, experts, config.keep_alive)
+    if config.keep_alive_policy == "histogram":
+        return Histogram(layers, experts, config.keep_alive, worth_s=SHORT_IDLE_S)
+    return Fixed(layers, experts, config.keep_alive)
 
 
 def find_predictor(config: ExpertsConfig, checkpoint: Checkpoint) -> Predictor | None:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,10 +19,12 @@ from torch import Tensor
 from services.experts.compute import Plan
 from services.experts.starts import Started, Starts
 from shared.activation import Parts
+from shared.elastic.cost import CostMeter
+from shared.elastic.keep_alive import KeepAlive
 from shared.elastic.residency import Residency, Start
 from shared.errors import MoemeshError
 from shared.kernels.weights import Weight
-from shared.messages import ElasticFacts
+from shared.messages import ElasticFacts, ExpertCost
 from shared.metrics import Sample, sample
 from shared.models.moe import ExpertLayer, compute_parts
 from shared.models.slots import Slots
@@ -93,7 +95,8 @@ class Elastic:
         slots: as many as the residency's.
         predictor: of the loads of layers to come; None: nothing is foreseen.
         distances: at which it is asked.
-        keep_alive: seconds after its last call when an expert is stopped; 0: never.
+        keep_alive: says when idle experts are stopped, and started again; None: they stay.
+        slot_bytes: of an expert's weights.
     """
 
     def __init__(
@@ -104,7 +107,8 @@ class Elastic:
         slots: Slots,
         predictor: Predictor | None = None,
         distances: Sequence[int] = (1,),
-        keep_alive: float = 0.0,
+        keep_alive: KeepAlive | None = None,
+        slot_bytes: int = 0,
     ) -> None:
         self._layers, self._residency, self._starts, self._slots = layers, residency, starts, slots
         self._indices = sorted(layers)
@@ -116,6 +120,10 @@ class Elastic:
         self._keep_alive, self._look_at = keep_alive, 0.0
         self._failures: dict[tuple[int, int], tuple[float, str]] = {}
         """(Checkpoint layer, expert) -> when its last start failed, and why."""
+        self._slot_bytes = slot_bytes
+        self._costs = CostMeter()
+        self._costs.provide(slots.count * slot_bytes, time.monotonic())
+        self._costs.hold(0, time.monotonic())
         self.stats = ElasticStats()
 
     @property
@@ -132,6 +140,7 @@ class Elastic:
             cold=stats.starts["cold"],
             warm=stats.starts["warm"],
             stops=stats.stops,
+            cost=self._cost(),
             broken=tuple(sorted(self._failures.copy()))[:MOST_BROKEN],
         )
 
@@ -151,6 +160,11 @@ class Elastic:
         yield sample("expert_stops", stats.stops)
         yield sample("expert_start_failures", stats.failed)
         yield sample("prediction_seconds", stats.predict_s)
+        for form, byte_seconds in self._cost().model_dump().items():
+            yield sample("expert_cost_byte_seconds", byte_seconds, form=form)
+
+    def _cost(self) -> ExpertCost:
+        return ExpertCost(**asdict(self._costs.read(time.monotonic())))
 
     # ---- exchanges --------------------------------------------------------------------------------------
 
@@ -160,6 +174,8 @@ class Elastic:
         index, now = self._index[layer], time.monotonic()
         missing = self._residency.missing(index, experts)
         self._residency.call(index, experts, now)
+        if self._keep_alive:
+            self._keep_alive.observe(index, experts, now)
         self.stats.calls += len(experts)
         self.stats.waits += len(missing)
         if not len(missing):
@@ -203,6 +219,14 @@ class Elastic:
         progress.out[torch.from_numpy(some)] = out
         progress.todo[some] = False
 
+    def answered(self, layer: int, seconds: float) -> None:
+        """An exchange is over; it took so long, waiting included."""
+        held = np.count_nonzero(self._residency.state[self._index[layer]])
+        self._costs.layer(seconds, int(held) * self._slot_bytes)
+
+    def _hold(self) -> None:
+        self._costs.hold(len(self._slot) * self._slot_bytes, time.monotonic())
+
     # ---- beside exchanges -------------------------------------------------------------------------------
 
     def adopt(self, homes: Mapping[int, Iterable[int]]) -> None:
@@ -227,7 +251,7 @@ class Elastic:
 
     def collect(self) -> bool:
         """Take over what has been started, stop what nobody calls. True: exchanges that wait may go on."""
-        self._stop_idle(time.monotonic())
+        self._look_for_idle(time.monotonic())
         ended = self._starts.ended()
         by_layer: dict[int, dict[int, tuple[Weight, ...]]] = {}
         for started in ended:
@@ -243,16 +267,21 @@ class Elastic:
     def close(self) -> None:
         self._starts.close()
 
-    def _stop_idle(self, now: float) -> None:
-        if self._keep_alive and now >= self._look_at:
-            self._look_at = now + LOOK_S
-            self._stop(self._residency.idle(now - self._keep_alive))
+    def _look_for_idle(self, now: float) -> None:
+        """Stop and start what has not been called as the keep-alive policy says."""
+        if self._keep_alive is None or now < self._look_at:
+            return
+        self._look_at = now + LOOK_S
+        wanted = np.stack([self._keep_alive.windows(i).wanted(now) for i in range(len(self._indices))])
+        self._stop(self._residency.idle(wanted, now - LOOK_S))
+        self._order(self._residency.revive(wanted), urgent=False)
 
     def _order(self, starts: Sequence[Start], urgent: bool) -> None:
         self._evict([start.victim for start in starts if start.victim])
         for start in starts:
             slot = self._slot[start.layer, start.expert] = self._free.pop()
             self._starts.ask(self._indices[start.layer], start.expert, slot, urgent)
+        self._hold()
         self.stats.starts["demand" if urgent else "predicted"] += len(starts)
 
     def _stop(self, residents: Sequence[tuple[int, int]]) -> None:
@@ -260,6 +289,7 @@ class Elastic:
             self._residency.gone(layer, expert)
         for slot in self._evict(residents):
             self._slots.free(slot)
+        self._hold()
 
     def _evict(self, residents: Sequence[tuple[int, int]]) -> list[int]:
         """Take experts out of their tables; returns their slots, which may be filled again."""
@@ -280,6 +310,7 @@ class Elastic:
         resident = self._index[started.layer], started.expert
         self._residency.gone(*resident)
         self._free.append(self._slot.pop(resident))
+        self._hold()
 
     def _count(self, started: Started) -> None:
         self._failures.pop((started.layer, started.expert), None)

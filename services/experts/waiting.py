@@ -6,7 +6,7 @@ them at a time than there are slots.
 
 import time
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ class Question:
     """What the plan is about, in the dtype that is computed in."""
     progress: Progress | None = None
     """Set while experts are missing."""
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def prepared(self) -> Prepared | None:
@@ -81,8 +82,10 @@ class Waiting:
 
     def answered(self, question: Question) -> None:
         """Its reply is sent: there is time to look ahead."""
+        layer = question.incoming.header.layer
+        self._elastic.answered(layer, time.monotonic() - question.since)
         if question.plan and question.rows is not None:
-            self._elastic.foresee(question.incoming.header.layer, question.rows, question.plan.ids)
+            self._elastic.foresee(layer, question.rows, question.plan.ids)
 
     def forget(self, senders: Container[int]) -> None:
         """They are gone."""

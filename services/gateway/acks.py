@@ -8,7 +8,8 @@ from collections import defaultdict
 
 from shared.bus import Bus
 from shared.errors import BusUnavailable
-from shared.messages import Ack, Cancel, Decision, Subjects
+from shared.messages import Subjects
+from shared.request_messages import Ack, Cancel, Decision
 
 ACK_EVERY_S = 0.25
 DONE_REPEATS = 3

@@ -15,7 +15,7 @@ from services.gateway.requests import Job, Update
 from services.gateway.router import Router
 from services.gateway.text import OutputText
 from services.gateway.tokenizer import Tokenizer
-from shared.messages import TokenLogprobs
+from shared.request_messages import TokenLogprobs
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.gateway.tokenizer import Tokenizer
-from shared.messages import TokenLogprobs
+from shared.request_messages import TokenLogprobs
 
 FLOOR = -9999.0
 """Shown instead of minus infinity, which JSON cannot say."""

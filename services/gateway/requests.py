@@ -10,14 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from shared.messages import (
-    Decision,
-    FinishReason,
-    SamplingParams,
-    Submit,
-    TokenDelta,
-    TokenLogprobs,
-)
+from shared.request_messages import Decision, FinishReason, SamplingParams, Submit, TokenDelta, TokenLogprobs
 
 PART_TOKENS = 32 * 1024
 """Prompt tokens (4 bytes each) per Submit; leaves most of a message's 512 KiB to the output of a resumed request."""

@@ -16,7 +16,8 @@ from services.gateway.routing import context_length, ranked, usable, why_not
 from shared.bus import Bus
 from shared.errors import BusUnavailable, Refused
 from shared.membership import Member, Members
-from shared.messages import Decision, Kind, Resend, Subjects, TokenDelta, Tokens
+from shared.messages import Kind, Subjects
+from shared.request_messages import Decision, Resend, TokenDelta, Tokens
 
 SILENCE_S = 1.0
 MAX_SILENCE_S = 4.0

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from services.gateway.errors import BadRequest, from_schema
 from services.gateway.protocol import ChatRequest, CompletionRequest, Sampling
 from shared.errors import ModelError
-from shared.messages import SamplingParams
+from shared.request_messages import SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 GREEDY_BELOW = 1e-5

@@ -181,4 +181,5 @@ def resident(facts: dict[str, Any]) -> str:
         return f"{facts['replicas']} resident"
     share = elastic["waits"] / max(1, elastic["calls"])
     starts = f"{elastic['warm']} warm and {elastic['cold']} cold starts"
-    return f"{facts['replicas']} of {elastic['slots']} slots used, {share:.1%} of calls waited, {starts}"
+    cost = ", ".join(f"{form} {value / 1e9:.3g}" for form, value in elastic["cost"].items())
+    return f"{facts['replicas']} of {elastic['slots']} slots used, {share:.1%} of calls waited, {starts}, GB s: {cost}"

@@ -121,9 +121,16 @@ class Residency:
         """It is not resident any more, or could not be started."""
         self.state[layer, expert] = Residence.ABSENT
 
-    def idle(self, before: NDArray[np.floating] | float) -> list[tuple[int, int]]:
-        """Residents that were not called since ``before`` (one time, or [layers, experts])."""
-        return _pairs((self.state == Residence.RESIDENT) & (self.called_at < before))
+    def idle(self, wanted: Booleans, before: float) -> list[tuple[int, int]]:
+        """Residents that nobody wants, bool [layers, experts], and that were neither called nor started since."""
+        return _pairs((self.state == Residence.RESIDENT) & ~wanted & (self.called_at < before))
+
+    def revive(self, wanted: Booleans) -> list[Start]:
+        """Start on free slots what is wanted again before anybody calls it, the most habitual first."""
+        absent = np.flatnonzero((wanted & self.homes & (self.state == Residence.ABSENT)).ravel())
+        order = absent[np.argsort(-self._share.ravel()[absent], kind="stable")][: self.free]
+        self.state.ravel()[order] = Residence.LOADING
+        return [Start(*divmod(int(i), self.state.shape[1])) for i in order]
 
     def _starts(self, layer: int, experts: NDArray[np.integer], worth: NDArray[np.floating]) -> list[Start]:
         """Take slots for ``experts``, worth most first: free ones, then those of experts that are worth less."""

@@ -13,23 +13,8 @@ from itertools import pairwise
 import numpy as np
 
 from shared.bus import Bus
-from shared.messages import (
-    Ack,
-    AttentionFacts,
-    Cancel,
-    Decision,
-    Heartbeat,
-    Hello,
-    Kind,
-    ModelFacts,
-    Resend,
-    State,
-    Subjects,
-    Submit,
-    TokenDelta,
-    TokenLogprobs,
-    Tokens,
-)
+from shared.messages import AttentionFacts, Heartbeat, Hello, Kind, ModelFacts, State, Subjects
+from shared.request_messages import Ack, Cancel, Decision, Resend, Submit, TokenDelta, TokenLogprobs, Tokens
 
 Script = Callable[[list[int], int], Sequence[int]]
 """(prompt, seed) -> output tokens; the output ends as if by length after the last one."""

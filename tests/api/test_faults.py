@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from shared.messages import Decision
+from shared.request_messages import Decision
 from tests.api.sse import post, send_request
 from tests.api.stack import FakeMesh, fake_mesh, until
 

@@ -13,20 +13,11 @@ from shared.bus import Bus
 from shared.config import MeshConfig
 from shared.lifecycle import Instance
 from shared.membership import Members
-from shared.messages import (
-    Decision,
-    ExpertFacts,
-    Heartbeat,
-    Kind,
-    ModelFacts,
-    SamplingParams,
-    State,
-    Submit,
-    TokenDelta,
-)
-from shared.messages import Tokens as TokensMessage
+from shared.messages import ExpertFacts, Heartbeat, Kind, ModelFacts, State
 from shared.nats_server import NatsServer
 from shared.placement_watch import PlacementWatch
+from shared.request_messages import Decision, SamplingParams, Submit, TokenDelta
+from shared.request_messages import Tokens as TokensMessage
 from shared.telemetry import Telemetry
 from tests.integration.waiting import until
 from tests.unit.toy_engine import ToyEngine, alone, int32

@@ -15,21 +15,8 @@ import pytest
 
 from shared.bus import Bus
 from shared.membership import Members
-from shared.messages import (
-    Ack,
-    AttentionFacts,
-    Cancel,
-    Decision,
-    Heartbeat,
-    Kind,
-    Resend,
-    SamplingParams,
-    State,
-    Subjects,
-    Submit,
-    TokenDelta,
-    Tokens,
-)
+from shared.messages import AttentionFacts, Heartbeat, Kind, State, Subjects
+from shared.request_messages import Ack, Cancel, Decision, Resend, SamplingParams, Submit, TokenDelta, Tokens
 from tests.integration.waiting import until
 from tests.mesh import RunningMesh, running_mesh
 

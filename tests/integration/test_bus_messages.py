@@ -10,8 +10,9 @@ import pytest
 
 from shared.bus import MAX_MESSAGE_BYTES, Bus, incoming_headers
 from shared.errors import BadMessage, BusUnavailable, Refused
-from shared.messages import Ack, Decision, Hello, Resend
+from shared.messages import Hello
 from shared.nats_server import NatsServer, NatsServerError
+from shared.request_messages import Ack, Decision, Resend
 from tests.integration.waiting import until
 
 

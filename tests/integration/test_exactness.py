@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.messages import SamplingParams, Submit
 from shared.models.presets import make_checkpoint
+from shared.request_messages import SamplingParams, Submit
 from shared.transport.base import FrameKind
 from shared.transport.faults import Faults, Rates
 from tests.exact_mesh import Output, Parts, Shape, exact_mesh, request

@@ -10,9 +10,10 @@ from services.gateway.requests import Job, OpenRequest
 from services.gateway.router import Router
 from shared.bus import Bus
 from shared.membership import Members
-from shared.messages import Decision, Kind, SamplingParams, Submit
+from shared.messages import Kind
 from shared.models.source import open_source
 from shared.nats_server import NatsServer
+from shared.request_messages import Decision, SamplingParams, Submit
 from shared.store import MAX_MESSAGE_BYTES
 from tests.integration.test_attention_server import serving
 from tests.integration.waiting import until

@@ -25,11 +25,11 @@ from shared.activation import mesh_hash
 from shared.cli.status import look
 from shared.exchange_frames import longest_frame
 from shared.kernels.base import select_kernels
-from shared.messages import SamplingParams, Submit
 from shared.models.decoder import Decoder
 from shared.models.loader import Checkpoint, open_checkpoint
 from shared.models.presets import make_checkpoint
 from shared.models.source import DEMO
+from shared.request_messages import SamplingParams, Submit
 from shared.transport.ucx import UcxTransport
 from tests.mesh import RunningMesh, running_mesh
 

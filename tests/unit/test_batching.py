@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from services.attention.batching import Batcher, Limits, refusal
 from services.attention.kv_cache import BlockPool
 from services.attention.sequence import Sequence
-from shared.messages import SamplingParams, Submit
+from shared.request_messages import SamplingParams, Submit
 from tests.unit.toy_engine import int32
 
 

@@ -11,8 +11,8 @@ from shared.activation import PARTS
 from shared.config import AttentionConfig
 from shared.errors import ConfigError
 from shared.exchange_frames import MASK_BYTES, SEGMENT, Routes, longest_frame
-from shared.messages import Decision, SamplingParams, Submit
 from shared.models.spec import ModelSpec, RouterSpec
+from shared.request_messages import Decision, SamplingParams, Submit
 from shared.transport.base import Header
 
 SPEC = ModelSpec(

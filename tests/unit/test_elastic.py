@@ -88,14 +88,20 @@ def test_homes_that_are_taken_away_are_stopped():
         mesh.check(99, LAYERS[0], rows=8)
 
 
-def test_idle_experts_are_stopped_and_come_back():
+def test_idle_experts_are_stopped_and_come_back(monkeypatch):
     with toy_mesh(everywhere(1), make_elastic=elastic_with(2 * EXPERTS, keep_alive=1e-9), **PATIENT) as mesh:
         mesh.check(1, LAYERS[0], rows=8)
         [elastic] = elastics(mesh)
+        monkeypatch.setattr("services.experts.elastic.LOOK_S", 0.0)
         elastic._look_at = 0.0
-        mesh.instances[0].server.detach([]).result(60)
-        mesh.instances[0].server.detach([]).result(60)
+        for _ in range(2000):
+            mesh.instances[0].server.detach([]).result(60)
+            if elastic.residents == 0:
+                break
         assert elastic.residents == 0
+        cost = elastic.facts().cost
+        assert cost.proxy > 0
+        assert 0 < cost.resident < cost.provisioned
         mesh.check(2, LAYERS[0], rows=8)
 
 

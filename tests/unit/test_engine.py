@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.messages import Ack
+from shared.request_messages import Ack
 from tests.unit.toy_engine import ToyEngine, alone
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5]

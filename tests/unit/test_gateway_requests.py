@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.requests import PART_TOKENS, Job, OpenRequest, TokenLog
-from shared.messages import Decision, SamplingParams, TokenDelta, TokenLogprobs
+from shared.request_messages import Decision, SamplingParams, TokenDelta, TokenLogprobs
 
 SAMPLING = SamplingParams(max_tokens=10)
 

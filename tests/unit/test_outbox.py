@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.attention.outbox import LINGER_S, Outbox, pack
-from shared.messages import Ack, TokenDelta, TokenLogprobs, Tokens
+from shared.request_messages import Ack, TokenDelta, TokenLogprobs, Tokens
 
 
 def box(tokens: Iterable[int] = range(10), base=0, **fields) -> Any:

@@ -10,9 +10,9 @@ import pytest
 from services.attention.batching import Batcher, Limits
 from services.attention.kv_cache import BlockPool
 from services.attention.sequence import Sequence
-from shared.messages import SamplingParams, Submit
 from shared.replay.arrivals import Arrivals
 from shared.replay.batches import EngineBatches, SecondBatches
+from shared.request_messages import SamplingParams, Submit
 from tests.unit.replay_cases import arrivals, inputs
 from tests.unit.toy_engine import int32
 

@@ -111,4 +111,18 @@ def test_idle_residents_are_those_that_were_not_called_since():
     residency = made(slots=4)
     call(residency, 0, [1], now=10.0)
     call(residency, 2, [4], now=20.0)
-    assert residency.idle(15.0) == [(0, 1)]
+    nobody = np.zeros((LAYERS, EXPERTS), np.bool_)
+    assert residency.idle(nobody, 15.0) == [(0, 1)]
+    wanted = nobody.copy()
+    wanted[0, 1] = True
+    assert residency.idle(wanted, 15.0) == []
+
+
+def test_what_is_wanted_again_is_started_on_free_slots_only():
+    residency = made(slots=3)
+    call(residency, 0, [1, 2], now=1.0)
+    wanted = np.zeros((LAYERS, EXPERTS), np.bool_)
+    wanted[0, 1] = wanted[1, 5] = wanted[2, 3] = True
+    residency.call(2, np.array([3]), 2.0)
+    assert [(start.layer, start.expert) for start in residency.revive(wanted)] == [(2, 3)], "the more habitual one"
+    assert residency.free == 0

@@ -12,7 +12,7 @@ from services.attention.kv_cache import BlockPool
 from services.attention.sampler import choose, token_logprobs
 from services.attention.sampling_kernels import uniform
 from services.attention.sequence import Sequence
-from shared.messages import SamplingParams, Submit
+from shared.request_messages import SamplingParams, Submit
 from tests.unit.toy_engine import int32
 
 VOCAB = 40

@@ -8,6 +8,7 @@ import torch
 
 from services.experts.elastic import Elastic
 from services.experts.starts import Starts
+from shared.elastic.keep_alive import Fixed
 from shared.elastic.residency import Eviction, Residency
 from shared.errors import ModelError
 from shared.kernels.weights import Weight
@@ -69,7 +70,8 @@ def elastic_with(
         room = HostSlots(slots, layers[LAYERS[0]].weights(0))
         starts = Starts(lambda: cast(Any, ToyCheckpoint()), read, room, transport.wake)
         residency = Residency(len(LAYERS), EXPERTS, slots, eviction)
-        elastic = Elastic(layers, residency, starts, room, predictor, keep_alive=keep_alive)
+        policy = Fixed(len(LAYERS), EXPERTS, keep_alive) if keep_alive else None
+        elastic = Elastic(layers, residency, starts, room, predictor, keep_alive=policy, slot_bytes=room.slot_bytes)
         elastic.adopt({layer: range(EXPERTS) for layer in LAYERS})
         return layers, elastic
 

@@ -19,9 +19,9 @@ from services.attention.phases import ignore
 from services.attention.step import ModelRunner
 from shared.errors import ExchangeUnavailable
 from shared.kernels.reference import ReferenceKernels
-from shared.messages import SamplingParams, Submit, TokenDelta
 from shared.models.decoder import KvCache
 from shared.pace import UNPACED, Pace
+from shared.request_messages import SamplingParams, Submit, TokenDelta
 
 VOCAB = 50
 PRIME = 1_000_003
