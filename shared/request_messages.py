@@ -25,7 +25,7 @@ class SamplingParams(Message):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     min_tokens: Count = 0
     stop_token_ids: tuple[int, ...] = ()
     """Ends the output; includes the model's end-of-sequence ids unless ``ignore_eos`` was asked for."""
@@ -53,7 +53,7 @@ class Submit(Message):
     """int32 little-endian: tokens already delivered, when a request is resumed on another instance."""
     part: Count = 0
     parts: Annotated[int, Field(ge=1)] = 1
-    trace: dict[str, str] = {}
+    trace: dict[str, str] = Field(default_factory=dict)
     """W3C trace context headers."""
 
 
@@ -124,7 +124,7 @@ class Ack(Message):
     """
 
     gateway: str
-    received: dict[str, int] = {}
+    received: dict[str, int] = Field(default_factory=dict)
     done: tuple[str, ...] = ()
 
 
