@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 
 from services.experts.store import ExpertStore, StoreRefusal, homes_here
@@ -100,6 +101,23 @@ def test_without_free_slots_only_layers_that_have_to_make_room_lose_the_old_plac
     made.become(plan)
     assert made.replicas == 9
     assert made.layers_of(swapped(), plan) == set(LAYERS)
+
+
+def test_nothing_is_loaded_beside_what_is_there_as_long_as_no_slot_is_free(shelves):
+    """One layer grows by what another one gives up: at no time are there more replicas than slots."""
+    made = store(shelves, slots=6)
+    first = make_placement(round_robin(2), ["e0", "e1"])
+    grows, shrinks = [1, 1, 1, 2, 1, 1], [1, 2, 2, 2, 2, 2]
+    homes = np.array([grows, shrinks], "<u8").tobytes()
+    second = first.model_copy(update={"version": 2, "homes": homes})
+    everyone(made, first)
+    plan = made.plan([first, second])
+    made.load_beside(plan)
+    assert made.replicas == 6
+    assert shelves[LAYERS[0]].resident == {0, 2, 4}
+    made.become(plan)
+    assert shelves[LAYERS[0]].resident == {0, 1, 2, 4, 5}
+    assert shelves[LAYERS[1]].resident == {0}
 
 
 def test_an_aborted_swap_brings_the_old_homes_back(shelves):
