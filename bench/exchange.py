@@ -39,8 +39,8 @@ NO_WAIT = Setup()
 ATTENTION_NODES = EXPERT_NODES = 2
 PER_NODE = 4
 FIXED = [f"{phase}/{gate}" for phase in ("one", "direct", "relay") for gate in ("experts", "attention")]
-LEARNING = 80
-"""Steps in which the adaptive choice has had its trials."""
+LEARNING, MOST_LEARNING = 30, 10
+"""Steps in which the adaptive choice has its trials, as often as it takes."""
 STEPS = 4
 
 
@@ -121,18 +121,30 @@ def mesh(network: Network, model: Path, setup: Setup = NO_WAIT) -> Iterator[list
 
 def run(attention: list[Child], way: str, rows: int, steps: int) -> list[float]:
     """Seconds per exchange of steps in which a whole group took part, as its members saw them."""
+    return [seconds for answer in answers(attention, way, rows, steps) for seconds in answer["all"]]
+
+
+def answers(attention: list[Child], way: str, rows: int, steps: int) -> list[dict[str, Any]]:
+    """What all of them say after so many steps."""
     for child in attention:
         child.tell({"do": "run", "way": way, "rows": rows // PER_NODE, "steps": steps})
-    answers = [child.hear() for child in attention]
-    if any(answer["repeats"] for answer in answers):
-        print("repeats:", [answer["repeats"] for answer in answers], flush=True)
-    return [seconds for answer in answers for seconds in answer["all"]]
+    return [child.hear() for child in attention]
+
+
+def learn(attention: list[Child], rows: int) -> None:
+    """Let the adaptive choice have its trials. Raises RuntimeError when a node's meeting place comes to no decision."""
+    size = 1 << (rows - 1).bit_length()
+    for _ in range(MOST_LEARNING):
+        said = answers(attention, "auto", rows, LEARNING)
+        if all(size in said[host]["decided"] for host in range(0, len(attention), PER_NODE)):
+            return
+    raise RuntimeError(f"no way was chosen for {rows} rows after {MOST_LEARNING * LEARNING} steps")
 
 
 def cell(attention: list[Child], rows: int, repeats: int) -> dict[str, float]:
     """Milliseconds per exchange by way."""
     taken: dict[str, list[float]] = {way: [] for way in [*FIXED, "auto"]}
-    run(attention, "auto", rows, LEARNING)
+    learn(attention, rows)
     for _ in range(repeats):
         for way in taken:
             taken[way] += run(attention, way, rows, STEPS)

@@ -138,7 +138,9 @@ def serve_attention(process: Process) -> None:
                 continue
             name = command["way"]
             exchange.use(tables.setdefault(name, Ways(*_ways(name))))
-            process.say(**run_steps(exchange, process.hidden, command["rows"], command["steps"]))
+            taken = run_steps(exchange, process.hidden, command["rows"], command["steps"])
+            decided = {r.rows for r in tables[name].table() if r.members > 1 and r.measured is not None}
+            process.say(**taken, decided=sorted(decided))
             if command.get("table"):
                 process.say(
                     table=[(r.rows, str(r.way), r.predicted, r.measured, r.chosen) for r in tables[name].table()]
