@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.experts.compute import Plan
-from services.experts.starts import Started, Starts
+from services.experts.starts import Started, Starts, When
 from shared.activation import Parts
 from shared.elastic.cost import CostMeter
 from shared.elastic.keep_alive import KeepAlive
@@ -207,7 +207,7 @@ class Elastic:
                 raise BrokenExpert(f"expert {expert} of layer {layer} cannot be started: {problem}")
         for expert in experts.tolist():
             self._starts.urge(layer, expert)
-        self._order(self._residency.demand(index, experts), urgent=True)
+        self._order(self._residency.demand(index, experts), When.NOW)
 
     def _compute(self, layer: int, rows: Tensor, progress: Progress, some: NDArray[np.intp]) -> None:
         tokens, experts, weights = progress.plan.parts
@@ -246,7 +246,8 @@ class Elastic:
         for distance in self._distances:
             if (layer, distance) in predictor.pairs:
                 loads = predictor.loads(layer, distance, known, ids)
-                self._order(self._residency.predict(self._index[layer] + distance, loads), urgent=False)
+                when = When.NEXT if distance == 1 else When.LATER
+                self._order(self._residency.predict(self._index[layer] + distance, loads), when)
         self.stats.predict_s += time.monotonic() - begun
 
     def collect(self) -> bool:
@@ -274,15 +275,15 @@ class Elastic:
         self._look_at = now + LOOK_S
         wanted = np.stack([self._keep_alive.windows(i).wanted(now) for i in range(len(self._indices))])
         self._stop(self._residency.idle(wanted, now - LOOK_S))
-        self._order(self._residency.revive(wanted), urgent=False)
+        self._order(self._residency.revive(wanted), When.LATER)
 
-    def _order(self, starts: Sequence[Start], urgent: bool) -> None:
+    def _order(self, starts: Sequence[Start], when: When) -> None:
         self._evict([start.victim for start in starts if start.victim])
         for start in starts:
             slot = self._slot[start.layer, start.expert] = self._free.pop()
-            self._starts.ask(self._indices[start.layer], start.expert, slot, urgent)
+            self._starts.ask(self._indices[start.layer], start.expert, slot, when)
         self._hold()
-        self.stats.starts["demand" if urgent else "predicted"] += len(starts)
+        self.stats.starts["demand" if when is When.NOW else "predicted"] += len(starts)
 
     def _stop(self, residents: Sequence[tuple[int, int]]) -> None:
         for layer, expert in residents:

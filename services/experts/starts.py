@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from shared.errors import MoemeshError
 from shared.kernels.weights import Weight
@@ -40,19 +41,39 @@ class Started:
     """Without the time that it waited for others."""
 
 
+class When(IntEnum):
+    """How soon an expert is needed; sooner ones go first."""
+
+    NOW = 0
+    """An exchange waits for it."""
+    NEXT = 1
+    """It is foreseen for the next layer."""
+    LATER = 2
+
+
+Job = tuple[int, int, int]
+"""(layer, expert, slot)"""
+
+
 @dataclass
 class _Queue:
     """Who is next; guarded by the condition of ``Starts``."""
 
-    urgent: deque[tuple[int, int, int]] = field(default_factory=deque)
-    """(layer, expert, slot) that an exchange waits for."""
-    ahead: deque[tuple[int, int, int]] = field(default_factory=deque)
+    jobs: tuple[deque[Job], ...] = field(default_factory=lambda: tuple(deque[Job]() for _ in When))
 
     def __bool__(self) -> bool:
-        return bool(self.urgent or self.ahead)
+        return any(self.jobs)
 
-    def pop(self) -> tuple[int, int, int]:
-        return (self.urgent or self.ahead).popleft()
+    def pop(self) -> Job:
+        return next(jobs for jobs in self.jobs if jobs).popleft()
+
+    def urge(self, layer: int, expert: int) -> None:
+        for jobs in self.jobs[1:]:
+            for job in jobs:
+                if job[:2] == (layer, expert):
+                    jobs.remove(job)
+                    self.jobs[When.NOW].append(job)
+                    return
 
 
 class Starts:
@@ -81,20 +102,16 @@ class Starts:
         self._thread = threading.Thread(target=self._run, name="starts", daemon=True)
         self._thread.start()
 
-    def ask(self, layer: int, expert: int, slot: int, urgent: bool) -> None:
+    def ask(self, layer: int, expert: int, slot: int, when: When) -> None:
         """Start an expert in a slot that nobody reads."""
         with self._changed:
-            (self._queue.urgent if urgent else self._queue.ahead).append((layer, expert, slot))
+            self._queue.jobs[when].append((layer, expert, slot))
             self._changed.notify()
 
     def urge(self, layer: int, expert: int) -> None:
         """An exchange waits for this one now; nothing happens if it is being started already."""
         with self._changed:
-            for job in self._queue.ahead:
-                if job[:2] == (layer, expert):
-                    self._queue.ahead.remove(job)
-                    self._queue.urgent.append(job)
-                    return
+            self._queue.urge(layer, expert)
 
     def ended(self) -> list[Started]:
         """Those that have ended since the last call."""

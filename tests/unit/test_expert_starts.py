@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.experts.starts import Started, Starts
+from services.experts.starts import Started, Starts, When
 from shared.models.loader import Checkpoint, open_checkpoint
 from shared.models.moe import expert_weights
 from shared.models.presets import make_checkpoint
@@ -34,7 +34,7 @@ class Bench:
         self.starts = Starts(lambda: Checkpoint(self.checkpoint.source), read, self.slots, self.woken.release)
 
     def start(self, expert: int, slot: int) -> Started:
-        self.starts.ask(self.layer, expert, slot, urgent=True)
+        self.starts.ask(self.layer, expert, slot, When.NOW)
         assert self.woken.acquire(timeout=60)
         [ended] = self.starts.ended()
         return ended
