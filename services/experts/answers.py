@@ -131,8 +131,9 @@ class Answers:
         if header.kind == FrameKind.ROUTED:
             routes = meta[MASK_BYTES:] if header.flags & Flag.RELAY else meta
             given = Routes.read(routes, header.rows, self._limits.top_k)
-            return plan_routed(layer, given, homes, placement.instance, header.digest)
-        plan = plan_parts(layer, rows, Choice(homes, header.live, placement.instance, placement.policy))
+            plan = plan_routed(layer, given, homes, placement.instance, header.digest)
+        else:
+            plan = plan_parts(layer, rows, Choice(homes, header.live, placement.instance, placement.policy))
         return replace(plan, ids=plan.ids.copy())
 
     def alone(

@@ -115,7 +115,7 @@ def make_elastic(
     checkpoint, device, spec = side.checkpoint, side.device, side.checkpoint.spec
     like = expert_weights(checkpoint, spec.moe_layers[0], 0, device, dtype)
     count = slot_count(config.expert_memory, spec, sum(tensor.nbytes for tensor in tensors_of(like)))
-    slots = HostSlots(count, like) if device.type == "cpu" else DeviceSlots(count, device)
+    slots = HostSlots(count, like) if device.type == "cpu" else DeviceSlots(count, device, dtype)
 
     def read(opened: Checkpoint, layer: int, expert: int) -> tuple[Weight, ...]:
         return expert_weights(opened, layer, expert, torch.device("cpu"), dtype)

@@ -34,6 +34,8 @@ MOST_BROKEN = 256
 """In a heartbeat."""
 RETRY_S = 10.0
 """An expert that could not be started is not tried again before."""
+BROKEN_S = 300.0
+"""For so long a failure counts against this instance as a home."""
 LOOK_S = 1.0
 """How often idle residents are looked for."""
 
@@ -124,6 +126,8 @@ class Elastic:
         self._costs = CostMeter()
         self._costs.provide(slots.count * slot_bytes, time.monotonic())
         self._costs.hold(0, time.monotonic())
+        self._cost = ExpertCost()
+        """As of the last look; for other threads."""
         self.stats = ElasticStats()
 
     @property
@@ -140,9 +144,13 @@ class Elastic:
             cold=stats.starts["cold"],
             warm=stats.starts["warm"],
             stops=stats.stops,
-            cost=self._cost(),
-            broken=tuple(sorted(self._failures.copy()))[:MOST_BROKEN],
+            cost=self._cost,
+            broken=tuple(sorted(self._broken()))[:MOST_BROKEN],
         )
+
+    def _broken(self) -> list[tuple[int, int]]:
+        now = time.monotonic()
+        return [name for name, (when, _) in self._failures.copy().items() if now - when < BROKEN_S]
 
     def samples(self) -> Iterator[Sample]:
         """For /metrics; read in another thread."""
@@ -160,11 +168,8 @@ class Elastic:
         yield sample("expert_stops", stats.stops)
         yield sample("expert_start_failures", stats.failed)
         yield sample("prediction_seconds", stats.predict_s)
-        for form, byte_seconds in self._cost().model_dump().items():
+        for form, byte_seconds in self._cost.model_dump().items():
             yield sample("expert_cost_byte_seconds", byte_seconds, form=form)
-
-    def _cost(self) -> ExpertCost:
-        return ExpertCost(**asdict(self._costs.read(time.monotonic())))
 
     # ---- exchanges --------------------------------------------------------------------------------------
 
@@ -190,6 +195,10 @@ class Elastic:
         """
         experts = progress.experts()
         missing = self._residency.missing(self._index[layer], experts)
+        for expert in missing.tolist():
+            if (layer, expert) in self._failures and self._barred(layer, expert):
+                problem = self._failures[layer, expert][1]
+                raise BrokenExpert(f"expert {expert} of layer {layer} cannot be started: {problem}")
         ready = progress.todo & ~np.isin(progress.plan.parts.experts, missing)
         if ready.any():
             self._compute(layer, rows, progress, np.flatnonzero(ready))
@@ -199,12 +208,8 @@ class Elastic:
         return True
 
     def demand(self, layer: int, progress: Progress) -> None:
-        """Have started what an exchange waits for. Raises BrokenExpert when that cannot be."""
+        """Have started what an exchange waits for."""
         index, experts = self._index[layer], progress.experts()
-        for expert in experts.tolist():
-            when, problem = self._failures.get((layer, expert), (0.0, ""))
-            if problem and time.monotonic() - when < RETRY_S:
-                raise BrokenExpert(f"expert {expert} of layer {layer} cannot be started: {problem}")
         for expert in experts.tolist():
             self._starts.urge(layer, expert)
         self._order(self._residency.demand(index, experts), When.NOW)
@@ -246,13 +251,15 @@ class Elastic:
         for distance in self._distances:
             if (layer, distance) in predictor.pairs:
                 loads = predictor.loads(layer, distance, known, ids)
+                for expert in self._barred_of(self._index[layer] + distance):
+                    loads[expert] = 0.0
                 when = When.NEXT if distance == 1 else When.LATER
                 self._order(self._residency.predict(self._index[layer] + distance, loads), when)
         self.stats.predict_s += time.monotonic() - begun
 
     def collect(self) -> bool:
         """Take over what has been started, stop what nobody calls. True: exchanges that wait may go on."""
-        self._look_for_idle(time.monotonic())
+        self._look_around(time.monotonic())
         ended = self._starts.ended()
         by_layer: dict[int, dict[int, tuple[Weight, ...]]] = {}
         for started in ended:
@@ -268,12 +275,25 @@ class Elastic:
     def close(self) -> None:
         self._starts.close()
 
-    def _look_for_idle(self, now: float) -> None:
-        """Stop and start what has not been called as the keep-alive policy says."""
-        if self._keep_alive is None or now < self._look_at:
+    def _barred(self, layer: int, expert: int) -> bool:
+        """Whether an expert that could not be started is not to be tried yet."""
+        return time.monotonic() - self._failures[layer, expert][0] < RETRY_S
+
+    def _barred_of(self, index: int) -> list[int]:
+        return [e for layer, e in self._failures if self._index[layer] == index and self._barred(layer, e)]
+
+    def _look_around(self, now: float) -> None:
+        """Stop and start what has not been called as the keep-alive policy says; add up costs."""
+        if now < self._look_at:
             return
         self._look_at = now + LOOK_S
+        self._cost = ExpertCost(**asdict(self._costs.read(now)))
+        self._stop(self._residency.homeless())
+        if self._keep_alive is None:
+            return
         wanted = np.stack([self._keep_alive.windows(i).wanted(now) for i in range(len(self._indices))])
+        for index in range(len(wanted)):
+            wanted[index, self._barred_of(index)] = False
         self._stop(self._residency.idle(wanted, now - LOOK_S))
         self._order(self._residency.revive(wanted), When.LATER)
 

@@ -47,7 +47,7 @@ class ElasticStore(ExpertStore):
         for placement in placements:
             for layer, experts in homes_here(placement, self._instance).items():
                 wanted[layer] = wanted.get(layer, frozenset()) | experts
-        self._house(wanted).result()
+        self._house(wanted)
 
     def load_beside(self, plan: Homes) -> None:
         """Nothing: experts are started when they are wanted."""

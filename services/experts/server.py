@@ -92,7 +92,9 @@ class ExpertServer:
         return self._order(lambda: self._detach(gone))
 
     def idle_for(self) -> float:
-        """Seconds since the last frame."""
+        """Seconds since the last frame; 0 while one waits for experts."""
+        if self._waiting and self._waiting.anybody:
+            return 0.0
         return time.monotonic() - self._last_frame
 
     def stop(self) -> None:
@@ -196,8 +198,10 @@ class ExpertServer:
     def _answer_all(self, questions: Iterable[Question]) -> None:
         """Those whose experts may be there by now; the others go on waiting."""
         for question in questions:
+            start = time.monotonic()
             if self._settle(question):
                 question.incoming.release()
+            self.stats.busy_s += time.monotonic() - start
 
     def _settle(self, question: Question) -> bool:
         """Answer a frame or refuse it. False: it waits."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from shared.errors import MoemeshError
 from shared.kernels.weights import Weight
 from shared.models.loader import Checkpoint
 from shared.models.slots import Slots, let_go, tensors_of
@@ -93,6 +92,8 @@ class Starts:
         self._checkpoint: Checkpoint | None = None
         self._known: dict[tuple[int, int], tuple[Weight, ...]] = {}
         """Views of experts in the open checkpoint."""
+        self._views: bool | None = None
+        """Whether experts are views; None: nobody has looked."""
         self._touched: dict[tuple[int, int], int] = {}
         """Bytes of those that were read since the last ``_let_go``."""
         self._queue = _Queue()
@@ -146,9 +147,9 @@ class Starts:
                 self._checkpoint.check_files()
             weights = self._known.get((layer, expert)) or self._find(layer, expert)
             held = self._slots.fill(slot, weights)
-        except (MoemeshError, OSError, RuntimeError) as error:  # RuntimeError: torch, about a file that has changed
+        except Exception as error:  # noqa: BLE001 - whatever it is, who waits must hear of it
             self._close_checkpoint()
-            return Started(layer, expert, slot, problem=str(error))
+            return Started(layer, expert, slot, problem=str(error) or repr(error))
         size = sum(weight.nbytes for weight in weights)
         if (layer, expert) in self._known:
             self._touched[layer, expert] = size
@@ -166,8 +167,11 @@ class Starts:
         """Views are kept; what had to be unpacked or rearranged is a copy, and too large for that."""
         if self._checkpoint is None:
             self._checkpoint = self._open()
-        weights, again = (self._read(self._checkpoint, layer, expert) for _ in range(2))
-        if all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors_of(weights), tensors_of(again), strict=True)):
+        weights = self._read(self._checkpoint, layer, expert)
+        if self._views is None:
+            again = tensors_of(self._read(self._checkpoint, layer, expert))
+            self._views = all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors_of(weights), again, strict=True))
+        if self._views:
             self._known[layer, expert] = weights
         return weights
 

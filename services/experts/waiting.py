@@ -14,6 +14,7 @@ from services.experts.answers import Answers, KnownPlacement, Prepared, Refused
 from services.experts.assembly import Assembly
 from services.experts.compute import Plan
 from services.experts.elastic import BrokenExpert, Elastic, Progress
+from services.experts.relay import MICRO_BATCHES
 from shared.transport.base import Header, Incoming, Peer, Refusal
 
 PATIENCE_S = 30.0
@@ -62,21 +63,21 @@ class Waiting:
         if question.plan is None:
             question.plan = self._answers.plan(header, question.rows, question.incoming.meta, placement)
             question.progress = self._elastic.begin(header.layer, question.plan)
-        progress, rows = question.progress, question.rows
-        if progress is None or rows is None or self._elastic.go_on(header.layer, rows, progress):
-            return True
+        progress = question.progress
         try:
-            self._elastic.demand(header.layer, progress)
+            if progress is None or self._elastic.go_on(header.layer, question.rows, progress):
+                return True
         except BrokenExpert as error:
             raise Refused(Refusal.NOT_STARTED, str(error)) from error
+        self._elastic.demand(header.layer, progress)
         if time.monotonic() - progress.since > PATIENCE_S:
             raise Refused(Refusal.NOT_STARTED, f"experts were not started within {PATIENCE_S:g} s")
         self._questions.append(question)
         return False
 
     def due(self) -> Iterator[Question]:
-        """Those to look at again, since experts have been started; they have to come back to ``ready``."""
-        if self._elastic.collect():
+        """Those to look at again: experts have been started, or it is too late; they have to come back to ``ready``."""
+        if self._elastic.collect() or any(time.monotonic() - q.since > PATIENCE_S for q in self._questions):
             again, self._questions = self._questions, []
             yield from again
 
@@ -86,6 +87,11 @@ class Waiting:
         self._elastic.answered(layer, time.monotonic() - question.since)
         if question.plan and question.rows is not None:
             self._elastic.foresee(layer, question.rows, question.plan.ids)
+
+    @property
+    def anybody(self) -> bool:
+        """Whether a question waits."""
+        return bool(self._questions)
 
     def forget(self, senders: Container[int]) -> None:
         """They are gone."""
@@ -101,7 +107,9 @@ class Waiting:
         new = question.incoming.header
         for old in list(self._questions):
             header = old.incoming.header
-            if (header.sender, header.sequence) == (new.sender, new.sequence):
+            if header.sender == new.sender and header.sequence + MICRO_BATCHES <= new.sequence:
+                self._drop(old)  # its sender has given it up
+            elif (header.sender, header.sequence) == (new.sender, new.sequence):
                 if _asks(header) == _asks(new) and not (old.assembly or question.assembly):
                     question.plan, question.progress = old.plan, old.progress
                 self._drop(old)

@@ -101,7 +101,7 @@ def membership(
     names = tuple(m.id for m in there)
     same = current and (current.digest, current.instances, current.policy) == (model.digest, names, policy)
     if same and current and fits(current, room(there, model)):
-        return mended(current, there)
+        return mended(current, there, room(there, model))
     draining = {m.id for m in members if m.heartbeat.state is State.DRAINING}
     table = homes_for(current, there, model, homes, activity)
     why = reason(current, names, draining, policy)
@@ -123,11 +123,12 @@ def homes_for(
     return rehouse(carried(current, [m.id for m in members]), shares, slots, homes)
 
 
-def mended(current: Placement, members: Sequence[Member]) -> Proposal | None:
+def mended(current: Placement, members: Sequence[Member], slots: int) -> Proposal | None:
     """Other homes for experts that cannot be started where they are; a sole home moves to who has the fewest.
 
     Args:
         members: the instances of ``current``, in its order.
+        slots: replicas of one layer that fit on each.
     """
     table, changed = homes_array(current).astype(np.uint64), []
     facts = [m.heartbeat.experts.elastic if m.heartbeat.experts else None for m in members]
@@ -135,7 +136,7 @@ def mended(current: Placement, members: Sequence[Member]) -> Proposal | None:
     for layer, expert in sorted(frozenset().union(*broken)):
         if layer in current.moe_layers and expert < current.experts:
             closed = [(layer, expert) in those for those in broken]
-            if _move_off(table[current.moe_layers.index(layer)], expert, closed):
+            if _move_off(table[current.moe_layers.index(layer)], expert, closed, slots):
                 names = [m.id for m, shut in zip(members, closed, strict=True) if shut]
                 changed.append(f"expert {expert} of layer {layer} on {', '.join(names)}")
     if not changed:
@@ -143,10 +144,10 @@ def mended(current: Placement, members: Sequence[Member]) -> Proposal | None:
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     why = f"cannot be started: {'; '.join(changed[:3])}{more}"
     of = current.digest, current.instances, current.moe_layers
-    return Proposal(Priority.FAILURE, why, *of, table, current.policy, current.experts)
+    return Proposal(Priority.FAILURE, why, *of, table, current.policy, slots)
 
 
-def _move_off(masks: Masks, expert: int, closed: Sequence[bool]) -> bool:
+def _move_off(masks: Masks, expert: int, closed: Sequence[bool], slots: int) -> bool:
     """Take homes away in masks uint64 [E]; a sole one is moved. False: there is nothing to do, or nowhere to go."""
     bad = np.uint64(sum(1 << i for i, shut in enumerate(closed) if shut))
     if not masks[expert] & bad:
@@ -155,7 +156,7 @@ def _move_off(masks: Masks, expert: int, closed: Sequence[bool]) -> bool:
         masks[expert] &= ~bad
         return True
     held = to_residents(masks, len(closed)).sum(axis=1)
-    order = [i for i in np.argsort(held, kind="stable").tolist() if not closed[i]]
+    order = [i for i in np.argsort(held, kind="stable").tolist() if not closed[i] and held[i] < slots]
     if order:
         masks[expert] = np.uint64(1 << order[0])
     return bool(order)

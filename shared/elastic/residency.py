@@ -75,6 +75,10 @@ class Residency:
         self.homes = homes.copy()
         return _pairs((self.state == Residence.RESIDENT) & ~homes)
 
+    def homeless(self) -> list[tuple[int, int]]:
+        """Residents that have lost their home while they were loaded."""
+        return _pairs((self.state == Residence.RESIDENT) & ~self.homes)
+
     def missing(self, layer: int, experts: NDArray[np.integer]) -> NDArray[np.integer]:
         """Those of ``experts`` that are not resident."""
         return experts[self.state[layer, experts] != Residence.RESIDENT]

@@ -70,6 +70,8 @@ class MoeLayer:
         self._answering: dict[int, tuple[ExpertTable, Answering | None]] = {}
         """By number of rows; of the table that was there then."""
         self._table: ExpertTable | None = None
+        self._weighed: tuple[ExpertTable | None, int] = (None, 0)
+        """A table and its bytes."""
 
     @property
     def resident(self) -> frozenset[int]:
@@ -78,8 +80,10 @@ class MoeLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of the resident experts' weights; on CPU most are mapped."""
-        table = self._table
-        return table.nbytes if table else 0
+        table, (known, size) = self._table, self._weighed
+        if table is not known:
+            self._weighed = table, size = table, table.nbytes if table else 0
+        return size
 
     def load(self, experts: Iterable[int]) -> None:
         """Make these experts resident, beside those that are already. Raises ModelError for an unknown id."""

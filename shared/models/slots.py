@@ -44,13 +44,14 @@ class Slots(Protocol):
 class DeviceSlots:
     """On a device its allocator keeps the memory: what leaves a table is free for the next expert."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
+    def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
         self.count = count
-        self._device = device
+        self._device, self._dtype = device, dtype
 
     def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
         """See ``Slots``."""
-        return tuple(weight.to(self._device) for weight in weights)
+        to = self._device, self._dtype
+        return tuple(w.to(self._device) if isinstance(w, Fp8Blocks) else w.to(*to) for w in weights)
 
     def free(self, slot: int) -> None:
         """Nothing to do: see the class."""

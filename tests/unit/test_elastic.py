@@ -58,6 +58,31 @@ def test_an_expert_that_cannot_be_started_is_refused_and_named():
         assert elastic.stats.failed >= 1
 
 
+def test_whatever_a_start_fails_of_is_told_and_others_go_on():
+    """Also what nobody has thought of: the thread of starts lives on."""
+    broken = elastic_with(2 * EXPERTS, broken=lambda layer, expert: layer == LAYERS[0] and 1 // 0 > 0)
+    with (
+        toy_mesh(everywhere(1), make_elastic=broken, deadline=5.0, give_up=0.5) as mesh,
+        pytest.raises(ExchangeUnavailable, match=r"layer 1 cannot be started: .*zero"),
+    ):
+        for seed in range(20):
+            mesh.check(seed, LAYERS[0], rows=8)
+    with toy_mesh(everywhere(1), make_elastic=broken, **PATIENT) as mesh:
+        mesh.check(1, LAYERS[1], rows=8)
+
+
+def test_an_expert_that_cannot_be_started_is_not_foreseen_again_and_again():
+    bad = elastic_with(2 * EXPERTS, predictor=Oracle(), broken=lambda layer, expert: layer == LAYERS[1] and expert == 2)
+    with toy_mesh(everywhere(1), make_elastic=bad, **PATIENT) as mesh:
+        [elastic] = elastics(mesh)
+        for seed in range(2000):
+            mesh.check(seed, LAYERS[0], rows=8)
+            if elastic.stats.failed and seed > 20:
+                break
+        assert elastic.stats.failed == 1
+        assert elastic.facts().broken == ((LAYERS[1], 2),)
+
+
 def test_other_homes_serve_an_expert_that_cannot_be_started_here():
     calls = iter(range(10**6))
     only_first = elastic_with(2 * EXPERTS, broken=lambda layer, expert: expert == 2 and next(calls) < 1)

@@ -74,5 +74,5 @@ def test_mapped_weights_are_let_go_of_and_read_again(tmp_path):
 
 
 def test_on_a_device_weights_are_copied_there():
-    slots = DeviceSlots(2, torch.device("cpu"))
+    slots = DeviceSlots(2, torch.device("cpu"), torch.bfloat16)
     assert same(slots.fill(0, weights(3)), weights(3))
