@@ -7,7 +7,6 @@ they count for nobody; they stay in the page cache, the host memory from which a
 import ctypes
 import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from shared.errors import MoemeshError
 from shared.kernels.weights import Fp8Blocks, Weight
 
-PAGE, HUGE = mmap.PAGESIZE, 1 << 21
+PAGE = mmap.PAGESIZE
 _LINE = 64
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -84,9 +83,6 @@ class HostSlots:
             end += -(-tensor.nbytes // _LINE) * _LINE
         self.slot_bytes = -(-end // PAGE) * PAGE
         self._map = mmap.mmap(-1, max(1, count) * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self.slot_bytes >= HUGE:  # smaller ones would share a huge page, which is freed as a whole
-            with suppress(OSError):  # a kernel without them
-                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = self._memory.data_ptr()
         self._weights = [self._views(slot) for slot in range(count)]
