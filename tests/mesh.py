@@ -6,7 +6,8 @@
 import asyncio
 import re
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -61,6 +62,13 @@ class RunningMesh:
             return float(found[1]) if found else 0.0
 
         return read
+
+
+def outputs(mesh: RunningMesh, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Text, tokens and log-probabilities of completions that run at the same time."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: mesh.complete(ignore_eos=True, **body), bodies))
+    return [answer["choices"] for answer in answers]
 
 
 class SpreadMesh(LocalMesh):

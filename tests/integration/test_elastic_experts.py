@@ -1,13 +1,12 @@
 """Experts that come and go, in real processes: the bits of one instance that holds them all, whatever the budget."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from shared.cli.children import ChildDied
-from tests.mesh import RunningMesh, running_mesh
+from tests.mesh import outputs, running_mesh
 
 FAR = {"experts-0": "far", "experts-1": "far"}
 MOST_LOOKS = 20
@@ -19,18 +18,11 @@ BODIES: list[dict[str, Any]] = [
 ]
 
 
-def outputs(mesh: RunningMesh) -> list[Any]:
-    """Text, tokens and log-probabilities of all requests, which run at the same time."""
-    with ThreadPoolExecutor(len(BODIES)) as pool:
-        answers = list(pool.map(lambda body: mesh.complete(ignore_eos=True, **body), BODIES))
-    return [answer["choices"] for answer in answers]
-
-
 @pytest.fixture(scope="module")
 def alone() -> Iterator[list[Any]]:
     """What one instance gives that holds every expert itself."""
     with running_mesh(attention=1, experts=0, mesh="elastic-alone") as mesh:
-        yield outputs(mesh)
+        yield outputs(mesh, BODIES)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +34,7 @@ def test_a_model_larger_than_the_memory_for_experts_gives_the_same_bits(alone, a
     settings = settings | {"expert_memory": "1500kB"}
     with running_mesh(nodes, attention=attention, experts=2, mesh="elastic", settings=settings) as mesh:
         for _ in range(2):
-            assert outputs(mesh) == alone
+            assert outputs(mesh, BODIES) == alone
         for i in range(2):
             seen = mesh.metrics_of(f"experts-{i}")
             assert seen("moemesh_replicas") <= seen("moemesh_expert_slots") == 15
@@ -52,10 +44,10 @@ def test_a_model_larger_than_the_memory_for_experts_gives_the_same_bits(alone, a
 def test_experts_that_nobody_calls_are_stopped_and_come_back(alone):
     settings = {"expert_memory": "20MB", "keep_alive": "1"}
     with running_mesh({}, attention=1, experts=1, mesh="elastic-idle", settings=settings) as mesh:
-        assert outputs(mesh) == alone
+        assert outputs(mesh, BODIES) == alone
         seen = (mesh.metrics_of("experts-0")("moemesh_replicas") for _ in range(MOST_LOOKS))
         assert 0 in seen, "nobody was stopped"
-        assert outputs(mesh) == alone
+        assert outputs(mesh, BODIES) == alone
 
 
 def test_a_budget_below_one_row_is_refused_with_the_least_that_works():

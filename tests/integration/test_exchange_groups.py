@@ -1,12 +1,11 @@
 """Two attention instances that run steps together, over real UCX: whichever way, the bits of one instance alone."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from tests.mesh import RunningMesh, running_mesh
+from tests.mesh import outputs, running_mesh
 
 FAR = {"experts-0": "far", "experts-1": "far"}
 GROUPS = 'moemesh_groups_total{outcome="formed"}'
@@ -19,18 +18,11 @@ BODIES: list[dict[str, Any]] = [
 ]
 
 
-def outputs(mesh: RunningMesh) -> list[Any]:
-    """Text, tokens and log-probabilities of all requests, which run at the same time."""
-    with ThreadPoolExecutor(len(BODIES)) as pool:
-        answers = list(pool.map(lambda body: mesh.complete(ignore_eos=True, **body), BODIES))
-    return [answer["choices"] for answer in answers]
-
-
 @pytest.fixture(scope="module")
 def alone() -> Iterator[list[Any]]:
     """What one instance gives that holds every expert itself."""
     with running_mesh(attention=1, experts=0, mesh="groups-alone") as mesh:
-        yield outputs(mesh)
+        yield outputs(mesh, BODIES)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +36,7 @@ def test_instances_in_a_group_give_the_bits_of_one_alone(alone, phase, gate, nod
     settings = {"phase": phase, "gate": gate, "group_wait": "0.5"}
     with running_mesh(nodes, attention=2, experts=2, mesh="groups", settings=settings) as mesh:
         for _ in range(MOST_TRIES):
-            assert outputs(mesh) == alone
+            assert outputs(mesh, BODIES) == alone
             if all(mesh.metrics_of(f"attention-{i}")(GROUPS) > 0 for i in range(2)):
                 return
         pytest.fail("no groups were formed")
