@@ -36,3 +36,9 @@ def test_services_import_shared_and_never_each_other() -> None:
             assert other == path.parent.name, f"{path} imports services.{other}"
     for path in ROOT.glob("shared/**/*.py"):
         assert not re.search(r"^\s*(?:from|import) services", path.read_text(), re.M), path
+
+
+def test_no_page_has_a_section_twice() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        sections = re.findall(r"^## .*", page.read_text(), re.M)
+        assert len(sections) == len(set(sections)), page
