@@ -39,7 +39,7 @@ NO_WAIT = Setup()
 ATTENTION_NODES = EXPERT_NODES = 2
 PER_NODE = 4
 FIXED = [f"{phase}/{gate}" for phase in ("one", "direct", "relay") for gate in ("experts", "attention")]
-LEARNING, MOST_LEARNING = 30, 10
+LEARNING, MOST_LEARNING = 30, 20
 """Steps in which the adaptive choice has its trials, as often as it takes."""
 STEPS = 4
 
@@ -131,24 +131,29 @@ def answers(attention: list[Child], way: str, rows: int, steps: int) -> list[dic
     return [child.hear() for child in attention]
 
 
-def learn(attention: list[Child], rows: int) -> None:
-    """Let the adaptive choice have its trials. Raises RuntimeError when a node's meeting place comes to no decision."""
-    size = 1 << (rows - 1).bit_length()
+def learn(attention: list[Child], rows: int) -> list[str]:
+    """Let the adaptive choice have its trials; returns what each node chose.
+
+    Raises RuntimeError when a node's meeting place comes to no decision.
+    """
+    size = str(1 << (rows - 1).bit_length())
     for _ in range(MOST_LEARNING):
         said = answers(attention, "auto", rows, LEARNING)
-        if all(size in said[host]["decided"] for host in range(0, len(attention), PER_NODE)):
-            return
+        chosen = [said[host]["decided"].get(size, "") for host in range(0, len(attention), PER_NODE)]
+        if all(chosen):
+            return chosen
     raise RuntimeError(f"no way was chosen for {rows} rows after {MOST_LEARNING * LEARNING} steps")
 
 
-def cell(attention: list[Child], rows: int, repeats: int) -> dict[str, float]:
-    """Milliseconds per exchange by way."""
+def cell(attention: list[Child], rows: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds per exchange by way, and which way the adaptive choice took on each node."""
     taken: dict[str, list[float]] = {way: [] for way in [*FIXED, "auto"]}
-    learn(attention, rows)
+    chosen = learn(attention, rows)
     for _ in range(repeats):
         for way in taken:
             taken[way] += run(attention, way, rows, STEPS)
-    return {way: round(median(values) * 1e3, 3) for way, values in taken.items() if values}
+    ms = {way: round(median(values) * 1e3, 3) for way, values in taken.items() if values}
+    return {"rows": rows, "chosen": chosen, "ms": ms}
 
 
 def make_model(directory: Path) -> Path:
@@ -206,7 +211,7 @@ def main() -> None:
         for name in args.networks.split(","):
             with mesh(NETWORKS[name], model) as attention:
                 for count in map(int, args.rows.split(",")):
-                    rows.append({"network": name, "rows": count, "ms": cell(attention, count, args.repeats)})
+                    rows.append({"network": name} | cell(attention, count, args.repeats))
                     print(rows[-1], flush=True)
     if args.plot:
         plot(rows, args.plot)

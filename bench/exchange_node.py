@@ -139,8 +139,8 @@ def serve_attention(process: Process) -> None:
             name = command["way"]
             exchange.use(tables.setdefault(name, Ways(*_ways(name))))
             taken = run_steps(exchange, process.hidden, command["rows"], command["steps"])
-            decided = {r.rows for r in tables[name].table() if r.members > 1 and r.measured is not None}
-            process.say(**taken, decided=sorted(decided))
+            table = [r for r in tables[name].table() if r.members > 1 and r.measured is not None]
+            process.say(**taken, decided={r.rows: str(r.way) for r in table if r.chosen})
             if command.get("table"):
                 process.say(
                     table=[(r.rows, str(r.way), r.predicted, r.measured, r.chosen) for r in tables[name].table()]

@@ -109,6 +109,10 @@ class SchedulerConfig(MeshConfig):
     lease_s: float = setting(5.0, "seconds after which another scheduler may take over")
     prepare_deadline: float = setting(120.0, "seconds in which instances load a new placement, else it is aborted")
     rebalance_s: float = setting(0.0, "seconds between looks for a better placement; 0: only by hand")
+    expert_scaling_s: float = setting(2.0, "seconds between looks at the loads of elastic experts; 0: homes stay")
+    target_layer_ms: float = setting(
+        0.0, "elastic experts get the fewest homes with which a layer's experts take so long; 0: as even as memory allows"
+    )
     policy: Policy = setting(Policy.ACTIVATED, "choice among homes: activated, tokens, random, first")  # noqa: RUF009
 
 

@@ -1,7 +1,8 @@
 """Every control message, as typed MessagePack: one small class each, validated where it enters a process.
 
 Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py). What gateways and attention
-say to each other about requests is in shared/request_messages.py, recorders of routing in shared/traces/wire.py.
+say to each other about requests is in shared/request_messages.py, reports of loads in shared/load_messages.py, recorders
+of routing in shared/traces/wire.py.
 Unknown fields are tolerated, so that versions can mix; new fields go last and have defaults.
 """
 
@@ -206,25 +207,6 @@ class Placement(Message):
     """How one of them is chosen."""
 
 
-class Activated(Message):
-    """Attention -> scheduler, published: which experts the latest exchanges of one layer have activated.
-
-    Exchanges are a sample when there were many. Activation and co-activation counts follow from the masks.
-    """
-
-    attention: str
-    incarnation: U64
-    layer: Count
-    """Checkpoint index."""
-    experts: Count
-    seconds: Annotated[float, Field(ge=0)]
-    """How long ago the first of them was."""
-    rows: Count
-    """Tokens in all of them."""
-    masks: bytes
-    """uint64 little-endian [exchanges, words of 64 experts], oldest first; bit e % 64 of word e // 64: expert e."""
-
-
 class Subjects:
     """Names on NATS for one mesh; the mesh name keeps several meshes apart on one server."""
 
@@ -256,6 +238,11 @@ class Subjects:
     def activated(self) -> str:
         """Which experts exchanges activate."""
         return f"{self.prefix}.activated"
+
+    @property
+    def foreseen(self) -> str:
+        """Which loads expert instances predict."""
+        return f"{self.prefix}.foreseen"
 
     def scheduler(self, verb: Literal["rebalance", "outcome"]) -> str:
         """Answered by the leading scheduler only."""

@@ -10,7 +10,7 @@ from services.attention.activations import Activations
 from services.attention.recording import MOST_AT_ONCE, MOST_WAITING
 from services.attention.tap import RoutingTap
 from shared.lifecycle import Instance
-from shared.messages import Activated
+from shared.load_messages import Activated
 from shared.traces.wire import RoutingTrace, TraceLease, leases, routing
 
 REPORT_S = 3.0

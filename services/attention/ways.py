@@ -94,11 +94,13 @@ GATE_S = 40e-6
 
 def ways_for(shape: Shape, phase: Phase | None = None, gate: Gate | None = None) -> list[Way]:
     """The ways that differ for such an exchange; ``phase``, ``gate``: no others."""
-    relays = any(node.instances > 1 and not node.near for node in shape.nodes)
+    far = [node for node in shape.nodes if not node.near]
+    relays = any(node.instances > 1 for node in far)
     pays = {Phase.ONE: shape.members > 1, Phase.DIRECT: True, Phase.RELAY: relays}
     ways = [way for way in ALL_WAYS if pays[way.phase] and phase in (None, way.phase) and gate in (None, way.gate)]
-    # In one phase nobody sees the rows of all members: whoever gates chooses for its own alone, and reads twice.
-    return [way for way in ways if gate or way != (Phase.ONE, Gate.ATTENTION)] or [
+    # In one phase nobody sees the rows of all members: whoever gates chooses for its own alone, and experts are read
+    # twice. Only a link that is slower than that can make up for it.
+    return [way for way in ways if gate or far or way != (Phase.ONE, Gate.ATTENTION)] or [
         SOLO._replace(gate=gate or Gate.EXPERTS)
     ]
 
@@ -172,7 +174,7 @@ ROUNDS = 4
 """Steps of each candidate in a trial, in turns; the first does not count."""
 CLOSE = 1.25
 """Candidates that took at most so many times the best go on to the final,"""
-FINAL = 12
+FINAL = 24
 """until each has had so many steps."""
 TRIAL_EVERY = 4096
 WINS = 0.97

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.experts.compute import Plan
+from services.experts.foresight import LoadSums
 from services.experts.starts import Started, Starts, When
 from shared.activation import Parts
 from shared.elastic.cost import CostMeter
@@ -119,6 +120,7 @@ class Elastic:
         self._slot: dict[tuple[int, int], int] = {}
         """Of residents and of those that are loading, by (index of the layer, expert)."""
         self._predictor, self._distances = predictor, tuple(distances)
+        self.foreseen = LoadSums(*residency.homes.shape)
         self._keep_alive, self._look_at = keep_alive, 0.0
         self._failures: dict[tuple[int, int], tuple[float, str]] = {}
         """(Checkpoint layer, expert) -> when its last start failed, and why."""
@@ -251,6 +253,8 @@ class Elastic:
         for distance in self._distances:
             if (layer, distance) in predictor.pairs:
                 loads = predictor.loads(layer, distance, known, ids)
+                if distance == 1:
+                    self.foreseen.add(self._index[layer] + 1, loads)
                 for expert in self._barred_of(self._index[layer] + distance):
                     loads[expert] = 0.0
                 when = When.NEXT if distance == 1 else When.LATER

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator
 
 from services.experts.answers import KnownPlacement
 from services.experts.build import Built
+from services.experts.elastic import Elastic
 from services.experts.relay import Neighbour
 from services.experts.store import Homes, StoreRefusal
 from shared.changes import Phase
 from shared.lifecycle import Instance
+from shared.load_messages import Foreseen
 from shared.messages import ExpertCosts, ExpertFacts, Placement
 from shared.metrics import Sample, expert_samples, sample
 from shared.placement_watch import PlacementWatch
@@ -20,6 +22,8 @@ from shared.placement_watch import PlacementWatch
 DRAIN_POLL_S = 0.05
 QUIET_S = 2.0
 """Without a frame for so long, nobody counts on a draining instance any more."""
+REPORT_S = 1.0
+"""Between two reports of foreseen loads; no exchange, no report."""
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +74,8 @@ class ExpertsService:
         self._instance.members.on_change(self._meet_neighbours)
         await self._take_newest()
         self._instance.spawn(self._follow(), "placement")
+        if self._elastic:
+            self._instance.spawn(self._keep_reporting(self._elastic), "foreseen loads")
 
     async def drain(self, seconds: float) -> None:
         """Go on answering until no attention instance can count on this one, or ``seconds`` have passed."""
@@ -155,6 +161,23 @@ class ExpertsService:
         layers = self._store.layers_of
         known = [KnownPlacement.of(p, self._instance.id, layers(p, plan)) for p in placements]
         await asyncio.wrap_future(self._server.adopt(known))
+
+    # ---- foreseen loads ---------------------------------------------------------------------------------
+
+    async def _keep_reporting(self, elastic: Elastic) -> None:
+        instance = self._instance
+        while True:
+            await asyncio.sleep(REPORT_S)
+            for load in elastic.foreseen.take():
+                message = Foreseen(
+                    instance=instance.id,
+                    incarnation=instance.incarnation,
+                    layer=self._moe_layers[load.layer],
+                    experts=load.sums.shape[1],
+                    exchanges=load.exchanges,
+                    sums=load.sums.astype("<f4").tobytes(),
+                )
+                await instance.bus.publish(instance.subjects.foreseen, message)
 
     # ---- attention instances ----------------------------------------------------------------------------
 

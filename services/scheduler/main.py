@@ -22,6 +22,10 @@ def check(config: SchedulerConfig) -> None:
         raise ConfigError("--prepare-deadline", f"{config.prepare_deadline:g} is not above 0 seconds")
     if config.rebalance_s < 0:
         raise ConfigError("--rebalance-s", f"{config.rebalance_s:g} is below 0 seconds")
+    if config.expert_scaling_s < 0:
+        raise ConfigError("--expert-scaling-s", f"{config.expert_scaling_s:g} is below 0 seconds")
+    if config.target_layer_ms < 0:
+        raise ConfigError("--target-layer-ms", f"{config.target_layer_ms:g} is below 0 milliseconds")
     if config.lease_s < MIN_LEASE_S:
         raise ConfigError("--lease-s", f"{config.lease_s:g} is below {MIN_LEASE_S:g} seconds")
 
@@ -31,11 +35,13 @@ async def serve(config: SchedulerConfig) -> None:
     # Imported here: numba reads the environment that main has set.
     from services.scheduler.reconciler import Reconciler
     from shared.activation import compile_choice
+    from shared.elastic.placing import compile_placing
 
     check(config)
     async with Instance(Kind.SCHEDULER, config) as instance:
         reconciler = await Reconciler.start(instance, config)
-        await asyncio.to_thread(compile_choice)  # seconds, the first time on a host: not when a rebalance needs it
+        for compiled in (compile_choice, compile_placing):  # seconds, the first time on a host: not when they are needed
+            await asyncio.to_thread(compiled)
         await instance.ready(reconciler.facts)
         await instance.until_stopped()
         await reconciler.stop()

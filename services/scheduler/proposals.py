@@ -43,6 +43,8 @@ class Priority(IntEnum):
     """A person asked for it."""
     REBALANCE = 4
     """Exchanges activate other experts than before."""
+    SCALING = 5
+    """Other loads are foreseen for elastic experts."""
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,11 @@ class Move:
     def gains(self) -> bool:
         return self.before is not None and self.after is not None and self.after < self.before * (1 - LEAST_GAIN)
 
-    def pays(self, costs: Costs) -> bool:
+    def pays(self, costs: Costs, horizon_s: float = HORIZON_S) -> bool:
         """Whether the time that exchanges save within the horizon exceeds the time that loading takes."""
         if not self.gains() or self.before is None or self.after is None:
             return False
-        saved = (self.before - self.after) * costs.expert_s * self.rate * HORIZON_S
+        saved = (self.before - self.after) * costs.expert_s * self.rate * horizon_s
         return saved > self.moved * costs.replica_bytes / (costs.load_rate or LOAD_RATE)
 
     def plan(self, moe_layers: Sequence[int], costs: Costs) -> LayerPlan:

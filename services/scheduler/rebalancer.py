@@ -19,13 +19,16 @@ from services.scheduler.placement import TooFewSlots, budget, homes_per_expert, 
 from services.scheduler.proposals import Priority, Proposal, stage
 from services.scheduler.rebalance import Costs, Move, applied, better, given
 from services.scheduler.replacement import Floats
+from services.scheduler.scaler import Scaler
+from services.scheduler.scaling import elastic
 from services.scheduler.window import Seen, Window
 from shared.changes import Outcome, Phase, PlacementRecord, Rebalance, RebalancePlan, Ticket
 from shared.config import SchedulerConfig
 from shared.errors import BadMessage, Refused
 from shared.lifecycle import Instance
 from shared.membership import Member
-from shared.messages import Activated, ModelFacts, Placement
+from shared.load_messages import Activated
+from shared.messages import ModelFacts, Placement
 from shared.placement_watch import homes_array
 
 MOST_OUTCOMES = 64
@@ -75,10 +78,11 @@ class Rebalancer:
     def __init__(self, instance: Instance, config: SchedulerConfig, standing: Standing) -> None:
         self._instance = instance
         self._homes = config.homes
-        self._interval = config.rebalance_s
-        self._due = time.monotonic() + self._interval
+        self._every = {Priority.REBALANCE: config.rebalance_s, Priority.SCALING: config.expert_scaling_s}
+        self._due = {kind: time.monotonic() + every for kind, every in self._every.items()}
         self._standing = standing
         self._window = Window()
+        self._scaler = Scaler(instance, config, self._window)
         self._goal: Goal | None = None
         self._outcomes: dict[str, Outcome] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -87,6 +91,7 @@ class Rebalancer:
         """Listen to attention instances and to people. Raises BusUnavailable."""
         bus, subjects = self._instance.bus, self._instance.subjects
         await bus.subscribe(subjects.activated, Activated, self._activated, ordered=True)
+        await self._scaler.subscribe()
         await bus.subscribe(subjects.scheduler("rebalance"), Rebalance, self._by_hand)
         await bus.subscribe(subjects.scheduler("outcome"), Ticket, self._outcome)
 
@@ -138,22 +143,29 @@ class Rebalancer:
                 del self._outcomes[ticket]
 
     def look(self, committed: Placement | None) -> None:
-        """When it is due: see in the background whether a rebalance pays, and make it the goal."""
-        now = time.monotonic()
-        looking = self._looking and not self._looking.done()
-        if not self._interval or now < self._due or self._goal or committed is None or looking:
-            return
-        self._due = now + self._interval
-        self._looking = self._instance.spawn(self._look(committed), "rebalance")
+        """When it is due: see in the background whether other homes pay, and make them the goal.
 
-    async def _look(self, committed: Placement) -> None:
-        members = self._standing.placed(committed)
-        costs = Costs.of(members)
+        Those of elastic experts follow the loads that are foreseen, others what was activated.
+        """
+        looking = self._looking and not self._looking.done()
+        if committed is None or self._goal or looking:
+            return
+        members, now = self._standing.placed(committed), time.monotonic()
+        kind = Priority.SCALING if elastic(members) else Priority.REBALANCE
+        if self._every[kind] and now >= self._due[kind]:
+            self._due[kind] = now + self._every[kind]
+            self._looking = self._instance.spawn(self._look(committed, members, kind), "rebalance")
+
+    async def _look(self, committed: Placement, members: Sequence[Member], kind: Priority) -> None:
         try:
-            moves = [move for move in await self._better(committed, members) if move.pays(costs)]
+            if kind is Priority.SCALING:
+                moves, what = await self._scaler.moves(committed, members), "experts follow their load"
+            else:
+                costs, what = Costs.of(members), "rebalance"
+                moves = [move for move in await self._better(committed, members) if move.pays(costs)]
             if moves:
                 self._free(committed.version)
-                self._aim(committed, moves, Priority.REBALANCE, "rebalance")
+                self._aim(committed, moves, kind, what)
         except Refused as refusal:
             log.debug("no rebalance now: %s", refusal)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from services.scheduler.replacement import Floats
 from shared.errors import BadMessage
-from shared.messages import Activated
+from shared.load_messages import Activated
 
 MOST_EXCHANGES = 512
 """Of one layer."""

@@ -9,6 +9,7 @@ follows the busiest instance of each exchange. It begins with the homes that the
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shared.elastic import scaling
 from shared.elastic.kernels import fill_homes, fill_paper_homes
 from shared.elastic.scaling import Counts
 
@@ -65,3 +66,9 @@ def moemesh(
     if not fill_homes(np.ascontiguousarray(shares), wanted, room, float(price), ROUNDS, homes):
         raise ValueError(f"{wanted.max()} replicas of one expert do not fit into slots {room.tolist()}")
     return homes
+
+
+def compile_placing() -> None:
+    """Compile scaling and placing, or load them from the cache, so that the first real call takes no seconds."""
+    counts = scaling.moemesh([2.0, 0.0], [1, 1], scaling.Rules(slots=3, instances=2))
+    moemesh([[2.0, 0.0]], counts, [2, 2], np.zeros((2, 2), np.bool_))

@@ -1,12 +1,20 @@
 """Experts that come and go, in real processes: the bits of one instance that holds them all, whatever the budget."""
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from rich.console import Console
 
+from shared.changes import Rebalance
 from shared.cli.children import ChildDied
-from tests.mesh import outputs, running_mesh
+from shared.cli.rebalance import ask
+from shared.cli.status import look
+from shared.messages import Placement
+from shared.placement_watch import homes_array
+from tests.mesh import RunningMesh, outputs, running_mesh
 
 FAR = {"experts-0": "far", "experts-1": "far"}
 MOST_LOOKS = 20
@@ -56,3 +64,29 @@ def test_a_budget_below_one_row_is_refused_with_the_least_that_works():
         running_mesh({}, attention=1, experts=1, mesh="elastic-small", settings={"expert_memory": "300kB"}),
     ):
         pass
+
+
+def placement_of(mesh: RunningMesh) -> Placement:
+    _, stored = mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh))
+    assert stored is not None
+    assert stored.committed is not None
+    return stored.committed
+
+
+def homes_on(placement: Placement, bit: int) -> int:
+    """Of all layers together."""
+    return int(np.count_nonzero(homes_array(placement) & np.uint64(1 << bit)))
+
+
+def test_homes_follow_the_load_that_is_foreseen_and_no_bit_changes(alone) -> None:
+    with running_mesh({}, attention=1, experts=2, mesh="follow", settings={"expert_memory": "12MB"}) as mesh:
+        one_sided = {layer: {"experts-0": tuple(range(31)), "experts-1": (31,)} for layer in range(6)}
+        mesh.call(ask(mesh.mesh.nats_url, "follow", Rebalance(given=one_sided), Console(file=io.StringIO())))
+        assert homes_on(placement_of(mesh), 1) == 6
+        for _ in range(MOST_LOOKS):
+            assert outputs(mesh, BODIES) == alone
+            now = placement_of(mesh)
+            if homes_on(now, 1) > 60:
+                break
+        assert now.reason.startswith("experts follow their load: ")
+        assert homes_on(now, 1) > 60, "a third of all homes at least has moved"

@@ -17,7 +17,8 @@ from shared.cli.client import stream_completion
 from shared.cli.rebalance import NotRebalanced, ask, read_homes
 from shared.cli.status import describe, look
 from shared.errors import ConfigError
-from shared.messages import Activated, Subjects
+from shared.load_messages import Activated
+from shared.messages import Subjects
 from shared.placement_watch import read_record
 from tests.mesh import RunningMesh, running_mesh
 

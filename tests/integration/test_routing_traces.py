@@ -17,7 +17,8 @@ import torch
 from shared.bus import Bus
 from shared.cli.status import look
 from shared.kernels.cpu import CpuKernels
-from shared.messages import Activated, Kind, Subjects
+from shared.load_messages import Activated
+from shared.messages import Kind, Subjects
 from shared.models.decoder import StepInput
 from shared.models.loader import open_checkpoint
 from shared.models.local import LocalModel

@@ -10,7 +10,8 @@ from services.scheduler.rebalance import Costs, Move, applied, better, given, me
 from services.scheduler.window import FEWEST_EXCHANGES, MOST_EXCHANGES, OLDEST_S, Seen, Window
 from shared.errors import BadMessage
 from shared.membership import Member
-from shared.messages import Activated, ExpertCosts, Heartbeat, Kind, Placement, State
+from shared.load_messages import Activated
+from shared.messages import ExpertCosts, Heartbeat, Kind, Placement, State
 
 EXPERTS = 70
 

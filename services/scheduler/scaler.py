@@ -1,0 +1,64 @@
+"""The slow loop of elastic experts: hears what is foreseen, and finds homes that follow it. Writes nothing."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from services.scheduler.foresight import Foresight
+from services.scheduler.rebalance import Costs, Move
+from services.scheduler.scaling import Loads, Room, followed
+from services.scheduler.window import Window
+from shared.config import SchedulerConfig
+from shared.errors import BadMessage
+from shared.lifecycle import Instance
+from shared.load_messages import Foreseen
+from shared.membership import Member
+from shared.messages import Placement
+
+LATEST = 128
+"""Exchanges that were activated last: what counts for layers that nothing is foreseen for."""
+
+log = logging.getLogger(__name__)
+
+
+class Scaler:
+    """Make it, then ``subscribe``. Belongs to the asyncio thread.
+
+    Args:
+        window: which experts exchanges have activated.
+    """
+
+    def __init__(self, instance: Instance, config: SchedulerConfig, window: Window) -> None:
+        self._instance, self._window = instance, window
+        self._target_s = config.target_layer_ms / 1e3
+        self._foresight = Foresight()
+
+    async def subscribe(self) -> None:
+        """Raises BusUnavailable."""
+        await self._instance.bus.subscribe(self._instance.subjects.foreseen, Foreseen, self._foreseen, ordered=True)
+
+    async def moves(self, committed: Placement, members: Sequence[Member]) -> list[Move]:
+        """What is worth a new placement. ``members``: the instances of the placement, all of them elastic."""
+        if len(members) < len(committed.instances):
+            return []  # there will be a placement without who is gone
+        costs = Costs.of(members)
+        room = Room.of(members, len(committed.moe_layers), self._target_s, costs)
+        now = time.monotonic()
+        known = {layer: self._loads(layer, committed.experts, now) for layer in committed.moe_layers}
+        return await asyncio.to_thread(followed, committed, known.get, room, costs)
+
+    def _loads(self, layer: int, experts: int, now: float) -> tuple[Loads, float] | None:
+        """As foreseen, else as it was."""
+        foreseen = self._foresight.seen(layer, experts, now)
+        if foreseen:
+            return foreseen
+        seen = self._window.seen(layer, experts, now)
+        return (seen.active[-LATEST:].astype(float), seen.rate) if seen else None
+
+    def _foreseen(self, message: Foreseen) -> None:
+        try:
+            self._foresight.add(message, time.monotonic())
+        except BadMessage as error:
+            self._instance.bus.counts["malformed"] += 1
+            log.debug("%s", error)

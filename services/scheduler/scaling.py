@@ -1,0 +1,119 @@
+"""Homes of elastic experts for the loads that are foreseen: MoEless's scaler and placer on a live placement. Pure.
+
+A load counts activated experts, which is what an exchange's time grows with; several homes share it evenly, as the
+activation scheduler sees to. Homes cost no time here but memory: there are never more of them than residents fit,
+unless every expert has only one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.scheduler.homes import Residents, moved_replicas, to_masks, to_residents
+from services.scheduler.rebalance import LEAST_GAIN, Costs, Move
+from shared.elastic import placing, scaling
+from shared.membership import Member
+from shared.messages import Placement
+from shared.placement_watch import homes_array
+
+Loads = NDArray[np.float64]
+"""[samples, experts]: activated experts in an exchange of a layer."""
+Look = Callable[[int], tuple[Loads, float] | None]
+"""Layer (checkpoint index) -> its loads, and exchanges per second; None: unknown."""
+
+HORIZON_S = 60.0
+"""For so long foreseen loads are expected to last: they change with the traffic."""
+SPARE = 2
+"""Homes of a layer that an instance may have beyond its share, so that experts can move instead of changing places."""
+STAGES = 8
+"""Numbers of homes that are tried for a target time."""
+FEWER = 0.05
+"""Share of all homes; to give up fewer of them is not worth a new placement."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a layer may have."""
+
+    slots: tuple[int, ...]
+    """Residents of all layers on each instance."""
+    layers: int
+    target: float = 0.0
+    """Activated experts on the busiest instance that are few enough; 0: as even as homes can make it."""
+
+    @classmethod
+    def of(cls, members: Sequence[Member], layers: int, target_s: float, costs: Costs) -> "Room":
+        """``target_s``: of a layer's experts; not known to be met before an exchange was measured."""
+        facts = [m.heartbeat.experts.elastic if m.heartbeat.experts else None for m in members]
+        target = target_s / costs.expert_s if costs.expert_s else 0.0
+        return cls(tuple(fact.slots if fact else 0 for fact in facts), layers, target)
+
+    def homes(self, experts: int) -> int:
+        """Of one layer, all instances together."""
+        return max(experts, sum(self.slots) // self.layers)
+
+    def of_instances(self, homes: int) -> NDArray[np.int64]:
+        """Of one layer on each instance, when there are so many."""
+        shares = np.asarray(self.slots) / max(1, sum(self.slots))
+        return np.ceil(homes * shares).astype(np.int64) + SPARE
+
+
+def elastic(members: Sequence[Member]) -> bool:
+    """Whether experts come and go on all of them."""
+    return bool(members) and all(m.heartbeat.experts and m.heartbeat.experts.elastic for m in members)
+
+
+def followed(placement: Placement, look: Look, room: Room, costs: Costs) -> list[Move]:
+    """New homes for every layer where they gain more than they cost, or serve as well with less memory."""
+    count, moves, fewer = len(placement.instances), [], []
+    for index, masks in enumerate(homes_array(placement).astype(np.uint64)):
+        found = look(placement.moe_layers[index])
+        if found is None:
+            continue
+        loads, rate = found
+        before = to_residents(masks, count)
+        after = layer_homes(loads, before, room)
+        homes = to_masks(after)
+        busy = busiest(loads, before), busiest(loads, after)
+        move = Move(index, homes, moved_replicas(masks, homes), *busy, rate)
+        if move.pays(costs, HORIZON_S):
+            moves.append(move)
+        elif after.sum() < before.sum() and busy[1] <= max(busy[0] * (1 + LEAST_GAIN), room.target):
+            fewer.append((int(before.sum() - after.sum()), move))
+    given_up = sum(number for number, _ in fewer)
+    if given_up > FEWER * int(np.bitwise_count(homes_array(placement)).sum()):
+        moves += [move for _, move in fewer]
+    return moves
+
+
+def layer_homes(loads: Loads, before: Residents, room: Room) -> Residents:
+    """Homes bool [instances, E] for loads [samples, E], beginning with those that there are."""
+    experts = loads.shape[1]
+    most = room.homes(experts)
+    if not room.target:
+        return _placed(loads, before, room, most)
+    totals = np.unique(np.linspace(experts, most, STAGES + 1).astype(int)).tolist()
+    if busiest(loads, before) <= room.target:
+        totals = [total for total in totals if total < before.sum() * (1 - FEWER)]
+    tried = before
+    for total in totals:
+        tried = _placed(loads, before, room, total)
+        if busiest(loads, tried) <= room.target:
+            return tried
+    return before if busiest(loads, before) <= room.target else tried
+
+
+def _placed(loads: Loads, before: Residents, room: Room, most: int) -> Residents:
+    """At most so many homes: more for the experts that hold the layer up, then places for all."""
+    count = len(before)
+    rules = scaling.Rules(slots=most, instances=count)
+    counts = scaling.moemesh(loads.mean(axis=0), before.sum(axis=0), rules)
+    return placing.moemesh(loads, counts, room.of_instances(int(counts.sum())), before)
+
+
+def busiest(loads: Loads, homes: Residents) -> float:
+    """Activated experts on the busiest instance, mean over samples."""
+    shares = loads / homes.sum(axis=0)
+    return float((shares @ homes.T.astype(np.float64)).max(axis=1).mean())
