@@ -80,9 +80,7 @@ async def run(share: float, texts: Sequence[Sequence[int]], before: float, after
         def text() -> Sequence[int]:
             return texts[moved.is_set()]
 
-        talking = asyncio.create_task(
-            converse(client, mesh.url, text, STREAMS, lambda: time.monotonic() < end, seed=0)
-        )
+        talking = asyncio.create_task(converse(client, mesh.url, text, STREAMS, lambda: time.monotonic() < end, seed=0))
         await asyncio.sleep(before)
         recording = asyncio.create_task(record(mesh.nats_url, mesh.options.mesh, scratch, stop, Limits()))
         moved.set()

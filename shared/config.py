@@ -111,7 +111,7 @@ class SchedulerConfig(MeshConfig):
     rebalance_s: float = setting(0.0, "seconds between looks for a better placement; 0: only by hand")
     expert_scaling_s: float = setting(2.0, "seconds between looks at the loads of elastic experts; 0: homes stay")
     target_layer_ms: float = setting(
-        0.0, "elastic experts get the fewest homes with which a layer's experts take so long; 0: as even as memory allows"
+        0.0, "elastic experts get the fewest homes with which a layer takes so long; 0: as even as memory allows"
     )
     policy: Policy = setting(Policy.ACTIVATED, "choice among homes: activated, tokens, random, first")  # noqa: RUF009
 

@@ -1,4 +1,4 @@
-"""What instances tell the scheduler of loads, layer by layer: which experts were activated, and which are foreseen to be."""
+"""What instances tell the scheduler of loads, layer by layer: which experts were activated, which are foreseen to be."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ class Activated(Message):
 
 
 class Foreseen(Message):
-    """Expert instance -> scheduler, published once a second: what its predictor said of one layer since the last time."""
+    """Expert instance -> scheduler, published once a second: what its predictor said of one layer since then."""
 
     instance: str
     incarnation: U64

@@ -1,8 +1,8 @@
 """Every control message, as typed MessagePack: one small class each, validated where it enters a process.
 
 Covers the NATS plane only; activations travel as binary frames (shared/transport/base.py). What gateways and attention
-say to each other about requests is in shared/request_messages.py, reports of loads in shared/load_messages.py, recorders
-of routing in shared/traces/wire.py.
+say to each other about requests is in shared/request_messages.py, reports of loads in shared/load_messages.py,
+recorders of routing in shared/traces/wire.py.
 Unknown fields are tolerated, so that versions can mix; new fields go last and have defaults.
 """
 

@@ -40,7 +40,7 @@ async def serve(config: SchedulerConfig) -> None:
     check(config)
     async with Instance(Kind.SCHEDULER, config) as instance:
         reconciler = await Reconciler.start(instance, config)
-        for compiled in (compile_choice, compile_placing):  # seconds, the first time on a host: not when they are needed
+        for compiled in (compile_choice, compile_placing):  # seconds, the first time on a host: not when needed
             await asyncio.to_thread(compiled)
         await instance.ready(reconciler.facts)
         await instance.until_stopped()

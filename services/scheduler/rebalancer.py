@@ -26,8 +26,8 @@ from shared.changes import Outcome, Phase, PlacementRecord, Rebalance, Rebalance
 from shared.config import SchedulerConfig
 from shared.errors import BadMessage, Refused
 from shared.lifecycle import Instance
-from shared.membership import Member
 from shared.load_messages import Activated
+from shared.membership import Member
 from shared.messages import ModelFacts, Placement
 from shared.placement_watch import homes_array
 

@@ -27,6 +27,8 @@ HORIZON_S = 60.0
 """For so long foreseen loads are expected to last: they change with the traffic."""
 SPARE = 2
 """Homes of a layer that an instance may have beyond its share, so that experts can move instead of changing places."""
+LEAST_LOAD = 0.05
+"""Activated experts that one more home must take off the others to be worth its memory."""
 STAGES = 8
 """Numbers of homes that are tried for a target time."""
 FEWER = 0.05
@@ -108,7 +110,7 @@ def layer_homes(loads: Loads, before: Residents, room: Room) -> Residents:
 def _placed(loads: Loads, before: Residents, room: Room, most: int) -> Residents:
     """At most so many homes: more for the experts that hold the layer up, then places for all."""
     count = len(before)
-    rules = scaling.Rules(slots=most, instances=count)
+    rules = scaling.Rules(slots=most, instances=count, replica_rows=LEAST_LOAD)
     counts = scaling.moemesh(loads.mean(axis=0), before.sum(axis=0), rules)
     return placing.moemesh(loads, counts, room.of_instances(int(counts.sum())), before)
 

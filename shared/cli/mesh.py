@@ -81,7 +81,7 @@ class LocalMesh:
         self._on_line = on_line
         self._on_heartbeat = on_heartbeat
         self._stack = AsyncExitStack()
-        self._keepers: list[asyncio.Task[None]] = []
+        self._keepers: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Self:
         try:
@@ -101,13 +101,32 @@ class LocalMesh:
             self.nats_url = self.nats.url
             (store / ADDRESS).write_text(f"{self.options.mesh}\n{self.nats_url}\n")
         for name, argv in service_arguments(self.options).items():
-            child = Child(name, [*self.options.python, "serve", *argv], self._environ(name), self._on_line)
-            child.niceness = 0 if name.startswith(("attention", "experts")) else CONTROL_NICENESS
-            self.children[name] = child
-            await child.start()
+            await self._add(name, argv)
         await self._until_ready()
         self._keep_port()
-        self._keepers = [asyncio.create_task(child.keep_alive()) for child in self.children.values()]
+        self._keepers = {name: asyncio.create_task(child.keep_alive()) for name, child in self.children.items()}
+
+    async def scale(self, kind: str, count: int) -> None:
+        """Have so many instances of a pool, "attention" or "experts"; more are started, not waited for.
+
+        Those with the highest numbers are stopped, which lets them drain.
+        """
+        names = sorted((n for n in self.children if n.startswith(f"{kind}-")), key=lambda n: int(n.split("-")[1]))
+        gone = names[count:]
+        for name in gone:
+            self._keepers.pop(name).cancel()
+        await asyncio.gather(*(self.children[name].stop(STOP_LIMIT_S) for name in gone))
+        for name in gone:
+            del self.children[name]
+        for name in (f"{kind}-{number}" for number in range(len(names), count)):
+            await self._add(name, [kind])
+            self._keepers[name] = asyncio.create_task(self.children[name].keep_alive())
+
+    async def _add(self, name: str, argv: list[str]) -> None:
+        child = Child(name, [*self.options.python, "serve", *argv], self._environ(name), self._on_line)
+        child.niceness = 0 if name.startswith(("attention", "experts")) else CONTROL_NICENESS
+        self.children[name] = child
+        await child.start()
 
     def _environ(self, name: str) -> dict[str, str]:
         """The child's environment: ours, minus MOEMESH_* settings of ours that a flag of ``up`` replaces."""
@@ -173,7 +192,7 @@ class LocalMesh:
 
     async def stop(self) -> None:
         """Drain: first the gateway (it finishes its streams), then the rest together, then NATS."""
-        for keeper in self._keepers:
+        for keeper in self._keepers.values():
             keeper.cancel()
         gateways = [c for name, c in self.children.items() if name.startswith("gateway")]
         others = [c for name, c in self.children.items() if not name.startswith("gateway")]

@@ -27,6 +27,7 @@ from shared.kernels import (
     cpu_linear,
     cpu_mla,
     cpu_router,
+    pairs,
 )
 from shared.kernels.base import ExpertTable, Paged, Visibility
 from shared.kernels.cache import compile_once
@@ -80,9 +81,9 @@ class CpuKernels(RowKernels):
 
     Args:
         threads: compute threads; 0 = as many as ``NUMBA_NUM_THREADS`` allows.
-        tiles: multiply bf16 weights on AMX tiles where there are some. Results differ in their last bits from those of
-            CPUs without tiles.
-        precise: on tiles, use all of the rows that are multiplied; else they are rounded to bf16 for that.
+        tiles: multiply bf16 weights on AMX tiles where there are some, or in AVX-512's pairs. Results differ in their
+            last bits from those of CPUs without.
+        precise: use all of the rows that are multiplied; else they are rounded to bf16 where that is faster.
 
     Methods raise ValueError for shapes that do not fit and TypeError for dtypes that are not taken.
     """
@@ -92,7 +93,10 @@ class CpuKernels(RowKernels):
         self.threads = min(threads, limit) if threads > 0 else limit
         self.tiles = tiles and amx.available()
         self._parts = amx.MOST_PARTS if precise else 1
-        way = ("on AMX tiles, rows " + ("as they are" if precise else "rounded to bf16")) if self.tiles else "in fp32"
+        self.pairs = tiles and not precise and not self.tiles and pairs.available()
+        how = "on AMX tiles" if self.tiles else "in pairs" if self.pairs else "in fp32"
+        rounded = self.pairs or (self.tiles and not precise)
+        way = f"{how}, rows {'rounded to bf16' if rounded else 'as they are'}"
         log.info("bf16 weights are multiplied %s", way)
         torch.set_num_threads(1)  # it only copies; a second team of threads would queue for the cores of ours
         directory = numba.config.CACHE_DIR  # type: ignore[attr-defined]
@@ -101,6 +105,15 @@ class CpuKernels(RowKernels):
     @cached_property
     def _project(self) -> Any:
         return cpu_linear.compile_project()
+
+    @cached_property
+    def _project_pairs(self) -> Any:
+        return pairs.compile_project()
+
+    def _projecting(self, kind: int, parts: int) -> int:
+        """Address of the routine for weights of a kind, and rows of which so many parts count."""
+        in_pairs = self.pairs and kind == KIND_BF16 and parts == 1
+        return (self._project_pairs if in_pairs else self._project).address
 
     @cached_property
     def _tile_code(self) -> tuple[Any, ...]:
@@ -162,7 +175,7 @@ class CpuKernels(RowKernels):
         if self._tiled(kind):
             self._do(cpu_amx.linear, threads, self._tile_routines, parts, *read, *written, *sizes)
         else:
-            self._do(cpu_linear.linear, threads, self._project.address, *read, kind, *written, *sizes)
+            self._do(cpu_linear.linear, threads, self._projecting(kind, parts), *read, kind, *written, *sizes)
         return out
 
     def head_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -287,7 +300,8 @@ class CpuKernels(RowKernels):
         if self._tiled(table.kind):
             done = self._do(cpu_amx_experts.experts, threads, self._tile_routines, self._parts, addresses, sizes, kind)
         else:
-            done = self._do(cpu_experts.experts, threads, self._project.address, addresses, sizes, table.kind, kind)
+            project = self._projecting(table.kind, self._parts)
+            done = self._do(cpu_experts.experts, threads, project, addresses, sizes, table.kind, kind)
         expect(done, "ids must be ascending and resident, tokens must be rows of x")
         return out
 

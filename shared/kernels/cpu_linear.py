@@ -32,15 +32,18 @@ STREAMS = 4
 """A work item reads so many places of a matrix side by side, each in order: prefetchers of the hardware follow each."""
 WIDE_ITEM, NARROW_ITEM = 64, 16
 """Output columns of a work item; the narrow one when there would be too few for all threads."""
-PANEL_ROWS = 16
-"""From this many rows on it pays to widen weights once, ahead of the products; FP8 when it would be more than once."""
+MOST_ROWS = 32
+"""That meet bf16 weights at a time: they stay in the second-level cache while columns pass."""
 PANEL_COLS = 16
 
 
 @helper
 def new_panel(depth):
-    """Room for some columns' widened weights; rows are padded so that they do not fall on the same cache sets."""
-    return np.empty((PANEL_COLS, depth + LANES), np.float32)
+    """Room for some columns' widened weights; rows are padded so that they do not fall on the same cache sets.
+
+    Or for as many rows rounded to bf16 (pairs.py).
+    """
+    return np.empty((PANEL_COLS, depth + 2 * LANES), np.float32)
 
 
 @helper
@@ -131,8 +134,10 @@ def _widen_columns(w, kind, columns, depth, wide):
 def _project(x, numbers, rows, w, kind, columns, cols, depth, panel, y, stride):
     inputs, xi = view2(x, 1, depth, FP32), view1(numbers, rows, I32)
     outputs, wi = view2(y, rows, stride, FP32), view1(columns, cols, I32)
-    if rows < PANEL_ROWS and kind == KIND_BF16:
-        dot_block(inputs, xi, rows, view2(w, 1, depth, BF16), wi, 0, cols, outputs, 0, 0)
+    if kind == KIND_BF16:
+        for m in range(0, rows, MOST_ROWS):
+            part = xi[m : m + MOST_ROWS]
+            dot_block(inputs, part, len(part), view2(w, 1, depth, BF16), wi, 0, cols, outputs, m, 0)
         return
     if rows <= TILE_ROWS and kind == KIND_FP8 and _whole_vectors(w):
         dot_block(inputs, xi, rows, _fp8_rows(w, depth), wi, 0, cols, outputs, 0, 0)

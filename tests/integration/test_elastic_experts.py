@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,19 @@ def test_a_budget_below_one_row_is_refused_with_the_least_that_works():
         pass
 
 
+def test_the_pool_goes_to_no_instance_and_back_and_requests_wait_for_it(alone) -> None:
+    with (
+        running_mesh({}, attention=1, experts=1, mesh="to-none", settings={"expert_memory": "12MB"}) as mesh,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert outputs(mesh, BODIES) == alone
+        mesh.call(mesh.mesh.scale("experts", 0))
+        assert not [name for name in mesh.mesh.children if name.startswith("experts")]
+        waiting = pool.submit(outputs, mesh, BODIES)
+        mesh.call(mesh.mesh.scale("experts", 1))
+        assert waiting.result(120) == alone
+
+
 def placement_of(mesh: RunningMesh) -> Placement:
     _, stored = mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh))
     assert stored is not None
@@ -83,6 +97,7 @@ def test_homes_follow_the_load_that_is_foreseen_and_no_bit_changes(alone) -> Non
         one_sided = {layer: {"experts-0": tuple(range(31)), "experts-1": (31,)} for layer in range(6)}
         mesh.call(ask(mesh.mesh.nats_url, "follow", Rebalance(given=one_sided), Console(file=io.StringIO())))
         assert homes_on(placement_of(mesh), 1) == 6
+        now = placement_of(mesh)
         for _ in range(MOST_LOOKS):
             assert outputs(mesh, BODIES) == alone
             now = placement_of(mesh)

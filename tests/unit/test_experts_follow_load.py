@@ -119,10 +119,11 @@ def test_homes_that_are_rarely_used_do_not_pay_for_their_loading() -> None:
 
 
 def test_homes_that_do_not_help_any_more_are_given_up() -> None:
-    before = np.ones((2, 8), np.bool_)
-    moves = moves_for(np.ones((3, 8)), before, Room(slots=(8, 8), layers=1))
+    before, loads = np.ones((2, 8), np.bool_), np.array([[1.0, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]])
+    moves = moves_for(loads, before, Room(slots=(8, 8), layers=1))
     after = homes_after(moves, 2)
-    assert (after.sum(axis=0) == 1).all() and after.sum(axis=1).tolist() == [4, 4]
+    assert (after[:, 4:].sum(axis=0) == 1).all()
+    assert after[:, :4].all(), "what would hold the layer up keeps its homes"
 
 
 def test_a_target_time_is_met_with_the_fewest_homes_that_do() -> None:

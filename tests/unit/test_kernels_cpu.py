@@ -95,11 +95,12 @@ def test_what_is_not_finite_stays_so(precise: bool, bits: int) -> None:
     assert (y[2] == 64).all()
 
 
+@pytest.mark.parametrize("depth", [700, 33, 31, 1])
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 100])
-def test_rounded_rows_are_bf16_rows(rows: int) -> None:
-    rough, x = CpuKernels(1, precise=False), normal(rows, 700, seed=0)
-    weight = normal(70, 700, seed=1).bfloat16()
-    fine = REFERENCE.linear(x.bfloat16().float() if rough.tiles else x, weight)
+def test_rounded_rows_are_bf16_rows(rows: int, depth: int) -> None:
+    rough, x = CpuKernels(1, precise=False), normal(rows, depth, seed=0)
+    weight = normal(70, depth, seed=1).bfloat16()
+    fine = REFERENCE.linear(x.bfloat16().float() if rough.tiles or rough.pairs else x, weight)
     torch.testing.assert_close(rough.linear(x, weight), fine, rtol=1e-4, atol=1e-4)
 
 

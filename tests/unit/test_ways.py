@@ -178,7 +178,7 @@ def test_a_way_that_fails_every_time_ends_its_trial_and_is_not_taken():
 
 
 def test_what_another_table_chose_is_not_counted_here():
-    ways, of = Ways(), shape()
+    ways, of = Ways(phase=Phase.DIRECT), shape()
     mine = ways.choose(of)
     candidates = tried(ways, of)
     strange = next(way for way in itertools.starmap(Way, itertools.product(Phase, Gate)) if way not in candidates)
