@@ -1,4 +1,4 @@
-"""What instances tell the scheduler of loads, layer by layer: which experts were activated, which are foreseen to be."""
+"""What instances tell the scheduler of loads, layer by layer: what was activated, and what is foreseen to be."""
 
 from typing import Annotated
 

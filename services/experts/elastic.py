@@ -305,6 +305,7 @@ class Elastic:
         self._evict([start.victim for start in starts if start.victim])
         for start in starts:
             slot = self._slot[start.layer, start.expert] = self._free.pop()
+            self._slots.take(slot)
             self._starts.ask(self._indices[start.layer], start.expert, slot, when)
         self._hold()
         self.stats.starts["demand" if when is When.NOW else "predicted"] += len(starts)
@@ -335,6 +336,7 @@ class Elastic:
         resident = self._index[started.layer], started.expert
         self._residency.gone(*resident)
         self._free.append(self._slot.pop(resident))
+        self._slots.free(self._free[-1])
         self._hold()
 
     def _count(self, started: Started) -> None:

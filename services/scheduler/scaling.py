@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.homes import Residents, moved_replicas, to_masks, to_residents
-from services.scheduler.rebalance import LEAST_GAIN, Costs, Move
+from services.scheduler.rebalance import Costs, Move
 from shared.elastic import placing, scaling
 from shared.membership import Member
 from shared.messages import Placement
@@ -23,6 +23,8 @@ Loads = NDArray[np.float64]
 Look = Callable[[int], tuple[Loads, float] | None]
 """Layer (checkpoint index) -> its loads, and exchanges per second; None: unknown."""
 
+LEAST_GAIN = 0.03
+"""Share of the busiest instance's load; foreseen loads vary by about as much from one look to the next."""
 HORIZON_S = 60.0
 """For so long foreseen loads are expected to last: they change with the traffic."""
 SPARE = 2
@@ -80,7 +82,7 @@ def followed(placement: Placement, look: Look, room: Room, costs: Costs) -> list
         homes = to_masks(after)
         busy = busiest(loads, before), busiest(loads, after)
         move = Move(index, homes, moved_replicas(masks, homes), *busy, rate)
-        if move.pays(costs, HORIZON_S):
+        if busy[1] < busy[0] * (1 - LEAST_GAIN) and move.pays(costs, HORIZON_S):
             moves.append(move)
         elif after.sum() < before.sum() and busy[1] <= max(busy[0] * (1 + LEAST_GAIN), room.target):
             fewer.append((int(before.sum() - after.sum()), move))

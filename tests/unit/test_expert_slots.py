@@ -1,6 +1,7 @@
 """Memory of an expert's own: what is copied there is bit for bit what was given, and a freed slot takes no memory."""
 
 import mmap
+import random
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,31 @@ def test_a_freed_slot_gives_its_pages_back():
     expert = [torch.ones(1 << 20)]
     slots = HostSlots(2, expert)
     before = anonymous()
-    slots.fill(0, expert)
-    slots.fill(1, expert)
+    for slot in range(2):
+        slots.take(slot)
+        slots.fill(slot, expert)
     full = anonymous()
     slots.free(0)
     slots.free(1)
     assert full - before > 7 << 20
     assert anonymous() - before < 1 << 20
+
+
+@pytest.mark.parametrize("numbers", [100, 300_000, 700_000])
+def test_a_freed_slot_takes_nothing_of_those_that_are_taken(numbers: int) -> None:
+    """Also where slots share a page, huge ones included."""
+    slots, rng, held = HostSlots(5, [torch.ones(numbers)]), random.Random(0), {}
+    for turn in range(60):
+        slot = rng.randrange(5)
+        if slot in held:
+            del held[slot]
+            slots.free(slot)
+        else:
+            slots.take(slot)
+            held[slot] = slots.fill(slot, [torch.full((numbers,), float(turn))]), turn
+        for (weight,), value in held.values():
+            assert isinstance(weight, torch.Tensor)
+            assert (weight == value).all()
 
 
 def anonymous() -> int:
