@@ -66,6 +66,11 @@ class _Queue:
     def pop(self) -> Job:
         return next(jobs for jobs in self.jobs if jobs).popleft()
 
+    def wanted_with(self, layer: int) -> bool:
+        """Whether an exchange that waits for an expert of this layer waits for another one, too."""
+        urgent = self.jobs[When.NOW]
+        return bool(urgent) and urgent[0][0] == layer
+
     def urge(self, layer: int, expert: int) -> None:
         for jobs in self.jobs[1:]:
             for job in jobs:
@@ -82,7 +87,7 @@ class Starts:
         open_checkpoint: a checkpoint for this thread alone.
         read: where an expert's weights are.
         slots: where they go.
-        wake: called after each start.
+        wake: called after starts, once for several of a layer that are waited for together.
     """
 
     def __init__(
@@ -136,7 +141,10 @@ class Starts:
                 job = self._queue.pop() if self._queue else None
             if job:
                 self._ended.append(self._start(*job))
-                self._wake()
+                with self._changed:
+                    more = self._queue.wanted_with(job[0])
+                if not more:  # what they are computed with is the core that starts them
+                    self._wake()
             else:
                 self._let_go()
 
