@@ -157,7 +157,8 @@ class Residency:
         """The ``count`` residents that should go first, and what their slots are worth to them."""
         worth = self.called_at if self._eviction is Eviction.LRU else self.worth()
         worth = np.where(self.state == Residence.RESIDENT, worth, np.inf).ravel()
-        order = np.argsort(worth, kind="stable")[:count]
+        order = np.argpartition(worth, min(count, worth.size) - 1)[:count]
+        order = order[np.argsort(worth[order], kind="stable")]
         width = self.state.shape[1]
         return [(divmod(int(i), width), float(worth[i])) for i in order if np.isfinite(worth[i])]
 

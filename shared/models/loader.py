@@ -42,7 +42,6 @@ class Checkpoint:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self._files: dict[str, Any] = {}
-        self._sizes: dict[Path, int] = {}
 
     @property
     def path(self) -> Path:
@@ -119,15 +118,14 @@ class Checkpoint:
         return Fp8Blocks(self.tensor(name), self.tensor(name + SCALE_SUFFIX).float(), self.spec.fp8_block)
 
     def check_files(self) -> None:
-        """Raises ModelError when an open file has another size than before: reading its map could end the process."""
-        for path, size in self._sizes.items():
-            if not path.exists() or path.stat().st_size != size:
-                raise ModelError(str(path), "was changed while it was in use")
+        """Raises ModelError when an open file is not what it was: its weights are others, or reading could end us."""
+        for file in self._files:
+            self.source.check_file(file)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
             try:
-                self._sizes[self.path / file] = (self.path / file).stat().st_size
+                self.source.check_file(file)
                 self._files[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
                 raise ModelError(str(self.path / file), f"cannot be mapped: {error}") from error

@@ -22,6 +22,16 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "genera
 HUB_FILES += ["tokenizer_config.json", "chat_template.jinja"]
 
 
+Stamp = tuple[int, int, int]
+"""Bytes, time of the last change in ns, and inode: another one, and a file holds other weights."""
+
+
+def stamp(path: Path) -> Stamp:
+    """Raises OSError."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A checked checkpoint: every tensor that serving needs is there with the right shape and dtype."""
@@ -38,6 +48,14 @@ class ModelSource:
     chat_template: str | None = field(repr=False)
     tokenizer_file: Path
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    stamps: Mapping[str, Stamp] = field(repr=False)
+    """Of the files that hold tensors."""
+
+    def check_file(self, file: str) -> None:
+        """Raises ModelError when a file of tensors is not what it was when the checkpoint was opened."""
+        path = self.path / file
+        if not path.exists() or stamp(path) != self.stamps[file]:
+            raise ModelError(str(path), "was changed while it was in use: start the services again")
 
     def facts(self) -> ModelFacts:
         return ModelFacts(
@@ -76,6 +94,7 @@ def open_source(model: str) -> ModelSource:
         chat_template=_chat_template(path, tokenizer_config),
         tokenizer_file=tokenizer_file,
         tensors=tensors,
+        stamps={file: stamp(path / file) for file in {info.file for info in tensors.values()}},
     )
 
 

@@ -102,7 +102,8 @@ def _trained(path: Path, metadata: Mapping[str, str], digest: str) -> Trained:
 
 def _nets(path: Path, trained: Trained, tensors: Mapping[str, Tensor]) -> dict[Pair, Net]:
     """Raises BadPredictors when a tensor is missing, of another shape, or not finite."""
-    pairs = {(int(la), int(d)) for la, d, _ in (name.split(".") for name in tensors) if la.isdigit() and d.isdigit()}
+    names = (name.split(".") for name in tensors)
+    pairs = {(int(la), int(d)) for la, d, *_ in (n for n in names if len(n) == 3) if la.isdecimal() and d.isdecimal()}
     possible = set(possible_pairs(trained.layers, range(1, len(trained.layers))))
     if not pairs or not pairs <= possible:
         raise BadPredictors(path, f"layers and distances {sorted(pairs - possible)} do not exist")

@@ -63,6 +63,15 @@ def test_a_start_copies_the_bytes_of_the_file(bench):
         assert ended.nbytes == sum(map(len, bench.expected(expert)))
 
 
+def test_weights_that_were_replaced_by_others_of_the_same_size_are_not_mixed_with_the_old_ones(bench):
+    assert bench.start(1, 0).problem == ""
+    [file] = bench.path.glob("*.safetensors")
+    shutil.copy(file, file.with_suffix(".new"))
+    file.with_suffix(".new").rename(file)
+    assert "was changed while it was in use" in bench.start(2, 1).problem
+    assert "was changed while it was in use" in bench.start(2, 1).problem, "nor when it is opened again"
+
+
 def test_a_file_that_is_cut_off_under_us_fails_the_start_and_names_the_file(bench):
     assert bench.start(1, 0).problem == ""
     [file] = bench.path.glob("*.safetensors")
