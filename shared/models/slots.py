@@ -18,7 +18,7 @@ from shared.errors import MoemeshError
 from shared.kernels.weights import Fp8Blocks, Weight
 
 PAGE, HUGE = mmap.PAGESIZE, 2 << 20
-"""Bytes of pages. Slots of large experts lie on huge ones: to fill them is several times faster, as fewer are touched."""
+"""Bytes of pages. Slots of large experts lie on huge ones, which are filled several times faster: fewer faults."""
 _LINE = 64
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
