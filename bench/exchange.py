@@ -201,6 +201,7 @@ def main() -> None:
     p.add_argument("--networks", default="A,B,C,D")
     p.add_argument("--rows", default="8,64,256", help="rows of a group's exchange")
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--combine", choices=("exact", "partial"), default="exact", help="parts, or a sum per row")
     p.add_argument("--plot", type=Path, help="PNG file for all cells")
     p.add_argument("--json", action="store_true", help="accepted for symmetry: the last line is always JSON")
     args = p.parse_args()
@@ -209,13 +210,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="moemesh-exchange-") as scratch:
         model = make_model(Path(scratch))
         for name in args.networks.split(","):
-            with mesh(NETWORKS[name], model) as attention:
+            with mesh(NETWORKS[name], model, Setup(partial=args.combine == "partial")) as attention:
                 for count in map(int, args.rows.split(",")):
                     rows.append({"network": name} | cell(attention, count, args.repeats))
                     print(rows[-1], flush=True)
     if args.plot:
         plot(rows, args.plot)
-    report("exchange", {"networks": {n: asdict(v) for n, v in NETWORKS.items()}, "cells": rows}, bars_of(rows))
+    report(
+        "exchange",
+        {"combine": args.combine, "networks": {n: asdict(v) for n, v in NETWORKS.items()}, "cells": rows},
+        bars_of(rows),
+    )
 
 
 if __name__ == "__main__":

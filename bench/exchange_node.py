@@ -112,7 +112,7 @@ def serve_attention(process: Process) -> None:
     exchange = MeshExchange(
         process.transport(everybody), process.kernels, hidden=process.hidden, dtype=torch.float32, top_k=process.top_k,
         mesh=MESH, incarnation=process.incarnation, deadline=5.0, max_rows=MOST_ROWS, gates={0: process.layer},
-        group_wait=GROUP_WAIT,
+        group_wait=GROUP_WAIT, partial=process.setup.partial,
     )  # fmt: skip
     exchange.warm_up(0, torch.zeros(1, process.hidden))
     process.layer.gate(torch.zeros(1, process.hidden))

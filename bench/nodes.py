@@ -37,6 +37,8 @@ class Setup:
     policy: Policy = Policy.ACTIVATED
     expert_us: float = 0.0
     """Time of each activated expert, kept by waiting; 0: their own."""
+    partial: bool = False
+    """They answer with sums."""
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ class AttentionConfig(MeshConfig):
         "auto", "how a node's rows reach the experts: each by itself, by a leader, by relays; auto: what is fastest"
     )
     gate: Literal["auto", "experts", "attention"] = setting("auto", "the side that gates; auto: what is fastest")
+    combine: Literal["auto", "exact", "partial"] = setting(
+        "auto", "exact: experts send every part, summed in a fixed order; partial: a sum per row; auto: exact on a CPU"
+    )
     exchange_deadline: float = setting(2.0, "seconds to wait for the replies of one exchange before it is repeated")
     no_home_deadline: float = setting(30.0, "seconds that requests wait while an expert has no live home")
     ucx_tls: str = setting("", "UCX transports, e.g. tcp; empty: UCX chooses")

@@ -24,6 +24,13 @@ class Flag(IntFlag):
     """A Share: these are some rows of a group's exchange."""
     RELAY = 2
     """One uint64: mask of the instances that these rows are for; who gets them passes them on and merges replies."""
+    PARTIAL = 4
+    """Nothing in the meta. Answer with one weighted sum for each row instead of every part."""
+
+
+SUMS = 1 << 15
+"""In ``Header.flags`` of a COMBINE, beside the number of segments: its rows are weighted sums, one for every row of the
+exchange that its PARTS name, in ascending order."""
 
 
 class Share(NamedTuple):
@@ -102,7 +109,7 @@ class Routes(NamedTuple):
 
 
 SEGMENT = np.dtype([("instance", "<u4"), ("parts", "<u4")])
-"""A COMBINE whose ``Header.flags`` is n > 0 is n replies in one: its meta ends with n of these."""
+"""A COMBINE whose ``Header.flags`` is n > 0 (but for SUMS) is n replies in one: its meta ends with n of these."""
 
 
 def write_segments(meta: Bytes, segments: list[tuple[int, int]]) -> None:
@@ -113,15 +120,16 @@ def write_segments(meta: Bytes, segments: list[tuple[int, int]]) -> None:
 def read_segments(header: Header, meta: Bytes, sender: int) -> list[tuple[int, int]]:
     """(bit of an instance, number of its parts) of a COMBINE from the instance with the bit ``sender``.
 
-    Raises BadFrame when they are not as many as the frame has rows, or name no instance.
+    Raises BadFrame when they are not as many as the frame has rows, or has PARTS for sums, or name no instance.
     """
     if not header.flags:
         return [(sender, header.rows)]
-    size = header.flags * SEGMENT.itemsize
+    size = (header.flags & ~SUMS) * SEGMENT.itemsize
     if header.rows * PARTS.itemsize + size > len(meta):
         raise BadFrame("a merged reply is too short for its segments")
     found = [(int(instance), int(parts)) for instance, parts in meta[len(meta) - size :].view(SEGMENT).tolist()]
-    if sum(parts for _, parts in found) != header.rows:
+    parts = (len(meta) - size) // PARTS.itemsize if header.flags & SUMS else header.rows
+    if sum(count for _, count in found) != parts:
         raise BadFrame("the segments of a merged reply do not add up to its parts")
     if any(instance >= INSTANCES for instance, _ in found):
         raise BadFrame("a segment of a merged reply names no instance")

@@ -87,7 +87,7 @@ def make_exchange(
         transport, kernels, hidden=spec.hidden, dtype=dtype, top_k=spec.router.top_k,
         mesh=side.mesh, incarnation=side.instance.incarnation, deadline=config.exchange_deadline, device=side.device,
         max_rows=config.max_batched_tokens, gates=gates, ways=make_ways(config), group_wait=config.group_wait,
-        tap=tap,
+        tap=tap, partial=config.combine == "partial" or (config.combine == "auto" and side.device.type != "cpu"),
     )  # fmt: skip
     return exchange, pace
 

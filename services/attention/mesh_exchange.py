@@ -50,6 +50,7 @@ class MeshExchange:
         ways: how exchanges may go.
         group_wait: share of a step for which a group waits for its members; 0: no groups.
         tap: follows what rows choose.
+        partial: experts answer with sums instead of parts, which take fewer bytes and are not exact to the bit.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class MeshExchange:
         ways: Ways | None = None,
         group_wait: float = 0.0,
         tap: RoutingTap | None = None,
+        partial: bool = False,
     ) -> None:
         self._transport = transport
         self._hidden = hidden
@@ -82,7 +84,8 @@ class MeshExchange:
         self._inbox = Inbox(self._targets, self._stats, mesh, hidden, self._take_other)
         self._sum = Sum(kernels, top_k)
         signed = {"mesh": mesh, "incarnation": incarnation}
-        self._sender = Sender(transport, self._targets, gates or {}, self._stats, dtype=dtype, **signed)
+        asks = {"dtype": dtype, "partial": partial, **signed}
+        self._sender = Sender(transport, self._targets, gates or {}, self._stats, **asks)
         self._meter = LinkMeter(transport, hidden=hidden, max_rows=max_rows, pump=self._receive, **signed)
         self._choice = WayChoice(ways or Ways(Phase.DIRECT, Gate.EXPERTS), self._targets, self._meter, hidden, top_k)
         self._lockstep = Lockstep(

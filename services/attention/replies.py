@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.activation import INCOMPLETE, PARTS, PROBLEMS, place_parts
+from shared.exchange_frames import SUMS
 from shared.kernels.base import Kernels
 from shared.transport.base import Incoming
 
@@ -25,6 +26,16 @@ class Reply(NamedTuple):
     segments: list[tuple[int, int]]
     """(bit of an instance, number of its parts)"""
 
+    @property
+    def sums(self) -> bool:
+        """Whether its rows are weighted sums instead of parts."""
+        return bool(self.frame.header.flags & SUMS)
+
+    def parts(self) -> NDArray[np.void]:
+        """PARTS of all segments."""
+        count = sum(parts for _, parts in self.segments)
+        return self.frame.meta[: count * PART_BYTES].view(PARTS)
+
     def table(self) -> Iterator[tuple[int, int, int, int]]:
         """As ``Kernels.gather`` wants it."""
         frame = self.frame
@@ -33,13 +44,18 @@ class Reply(NamedTuple):
             yield bit, meta, rows, parts
             meta, rows = meta + parts * PART_BYTES, rows + parts * width
 
-    def pieces(self) -> Iterator[tuple[int, NDArray[np.uint8], Tensor]]:
-        """(bit, PARTS, rows) of each segment."""
+    def metas(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(bit, PARTS) of each segment."""
         first = 0
         for bit, parts in self.segments:
-            end = first + parts
-            yield bit, self.frame.meta[first * PART_BYTES : end * PART_BYTES], self.frame.rows[first:end]
-            first = end
+            yield bit, self.frame.meta[first * PART_BYTES : (first + parts) * PART_BYTES]
+            first += parts
+
+    def pieces(self) -> Iterator[tuple[int, NDArray[np.uint8], Tensor]]:
+        """(bit, PARTS, rows) of each segment; rows are those of its parts."""
+        rows = self.frame.rows.split([parts for _, parts in self.segments])
+        for (bit, meta), some in zip(self.metas(), rows, strict=True):
+            yield bit, meta, some
 
 
 class Sum:
@@ -53,10 +69,12 @@ class Sum:
         """uint32 [T, k], ascending: the experts of the rows that were added last; valid until the next ``add``."""
 
     def add(self, replies: Sequence[Reply], homes: NDArray[np.uint64], x: Tensor) -> str:
-        """x [T, H] += the weighted parts of all replies, in ascending expert order.
+        """x [T, H] += the weighted parts of all replies, in ascending expert order; sums in the order of instances.
 
         homes: uint64 [experts], where an expert may have been computed. Returns what is wrong, "" when it is done.
         """
+        if any(reply.sums for reply in replies):
+            return self._add_sums(sorted(replies, key=lambda reply: reply.segments[0]), homes, x)
         table = [row for reply in replies for row in reply.table()]
         self.chosen = self._arrangement.experts(len(x))
         code = self._kernels.gather(x, np.array(table, np.int64).reshape(-1, 4), homes, self.chosen)
@@ -65,6 +83,19 @@ class Sum:
         pieces = [piece for reply in replies for piece in reply.pieces()]
         metas = [(bit, meta) for bit, meta, _ in pieces]
         return self._arrange(x, metas, [rows for _, _, rows in pieces], homes)
+
+    def _add_sums(self, replies: Sequence[Reply], homes: NDArray[np.uint64], x: Tensor) -> str:
+        """The same where rows are sums. No part may be missing or doubled here either."""
+        self.chosen = self._arrangement.experts(len(x))
+        problem = self._arrangement.fill(len(x), [meta for reply in replies for meta in reply.metas()], homes)
+        tokens = [np.unique(reply.parts()["token"]).astype(np.int64) for reply in replies]
+        if not problem and any(len(t) != len(r.frame.rows) for t, r in zip(tokens, replies, strict=True)):
+            problem = PROBLEMS[INCOMPLETE]
+        if problem:
+            return problem
+        for where, reply in zip(tokens, replies, strict=True):
+            x.index_add_(0, torch.from_numpy(where).to(x.device), reply.frame.rows.to(x.dtype))
+        return ""
 
     def warm_up(self, x: Tensor) -> None:
         """Compile what ``add`` runs, on x [1, H], which it does not change."""

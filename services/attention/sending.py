@@ -25,12 +25,14 @@ class Sender:
     Args:
         gates: of every layer, for ways with the gate on this side.
         mesh, incarnation: what frames are signed with.
+        partial: ask for sums instead of parts.
     """
 
     def __init__(
         self, transport: Transport, targets: Targets, gates: Mapping[int, ExpertLayer], stats: ExchangeStats, *,
-        mesh: int, incarnation: int, dtype: torch.dtype,
+        mesh: int, incarnation: int, dtype: torch.dtype, partial: bool = False,
     ) -> None:  # fmt: skip
+        self._always = Flag.PARTIAL if partial else Flag(0)
         self._transport, self._targets, self._gates, self._stats = transport, targets, gates, stats
         self._mesh, self._incarnation, self._dtype = mesh, incarnation, dtype
 
@@ -130,7 +132,7 @@ class Sender:
         group = pending.group.number if pending.group is not None else self._incarnation
         return Header(
             kind, self._mesh, self._incarnation, pending.sequence, pending.attempt, placement.epoch, group,
-            placement.version, pending.live, pending.layer, flags=flags,
+            placement.version, pending.live, pending.layer, flags=flags | self._always,
             trace_id=pending.trace[0], span_id=pending.trace[1],
         )  # fmt: skip
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from services.experts.assembly import Assembly
 from services.experts.compute import Plan, answer, carry_out, plan_parts, plan_routed
 from services.experts.relay import Relay
+from services.experts.sums import Room, frame_of_sums
 from shared.activation import PARTS, Choice, layer_homes
 from shared.errors import MoemeshError
-from shared.exchange_frames import MASK_BYTES, Flag, Routes, read_mask
+from shared.exchange_frames import MASK_BYTES, SUMS, Flag, Routes, read_mask
 from shared.messages import Placement
 from shared.models.moe import ExpertLayer
 from shared.pace import Pace
@@ -142,10 +143,17 @@ class Answers:
         """Compute the parts of a frame's rows that are ours, and send them back."""
         header, begun = incoming.header, time.time_ns()
         most = header.rows * self._limits.top_k
-        frame = self._transport.outgoing(most * PARTS.itemsize, most, self._limits.hidden, torch.float32)
-        room = frame.meta, frame.rows
-        parts, digest = self._compute(header, incoming.rows, incoming.meta, placement, *room, prepared)
-        self._send(peer, header, frame, parts, digest)
+        if header.flags & Flag.PARTIAL:
+            room = Room(most, self._limits.hidden, incoming.rows.device)
+        else:
+            room = self._transport.outgoing(most * PARTS.itemsize, most, self._limits.hidden, torch.float32)
+        given = header, incoming.rows, incoming.meta, placement
+        parts, digest = self._compute(*given, room.meta, room.rows, prepared)
+        if isinstance(room, Room):
+            self._send_sums(peer, header, room.parts(parts), room.rows[:parts], placement.instance, digest)
+        else:
+            room.keep(parts)
+            self._send(peer, header, room, digest)
         self._end(begun, header, parts)
 
     def group(
@@ -167,12 +175,15 @@ class Answers:
             if known is None:
                 continue
             theirs = np.flatnonzero((parts["token"] >= first) & (parts["token"] < first + asked.rows))
-            frame = self._transport.outgoing(len(theirs) * PARTS.itemsize, len(theirs), rows.shape[1], rows.dtype)
-            own = frame.meta.view(PARTS)
-            own[:] = parts[theirs]
+            own, chosen = parts[theirs], torch.from_numpy(theirs).to(rows.device)
             own["token"] -= first
-            torch.index_select(rows, 0, torch.from_numpy(theirs).to(rows.device), out=frame.rows)
-            self._send(known[1], asked, frame, len(theirs), digest)
+            if asked.flags & Flag.PARTIAL:
+                self._send_sums(known[1], asked, own, rows.index_select(0, chosen), placement.instance, digest)
+                continue
+            frame = self._transport.outgoing(own.nbytes, len(own), rows.shape[1], rows.dtype)
+            frame.meta.view(PARTS)[:] = own
+            torch.index_select(rows, 0, chosen, out=frame.rows)
+            self._send(known[1], asked, frame, digest)
         self._end(begun, header, count)
 
     def node(self, peer: Peer, incoming: Incoming, placement: KnownPlacement, prepared: Prepared | None = None) -> None:
@@ -221,10 +232,15 @@ class Answers:
             self._pace.experts(began, meta[: parts * PARTS.itemsize].view(PARTS)["expert"])
         return parts, digest
 
-    def _send(self, peer: Peer, asked: Header, frame: Outgoing, parts: int, digest: int) -> None:
-        frame.keep(parts)
+    def _send_sums(
+        self, peer: Peer, asked: Header, parts: NDArray[np.void], rows: Tensor, instance: int, digest: int
+    ) -> None:
+        frame = frame_of_sums(self._transport, parts, rows, [(instance, len(parts))])
+        self._send(peer, asked, frame, digest, SUMS | 1)
+
+    def _send(self, peer: Peer, asked: Header, frame: Outgoing, digest: int, flags: int = 0) -> None:
         reply = self.reply(FrameKind.COMBINE, asked)
-        reply.digest = digest
+        reply.digest, reply.flags = digest, flags
         self._transport.send([peer], reply, frame)
         self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from services.experts.sums import Room, frame_of_sums
 from shared.activation import PARTS
 from shared.errors import TransportError
-from shared.exchange_frames import MASK_BYTES, SEGMENT, Flag, write_segments
+from shared.exchange_frames import MASK_BYTES, SEGMENT, SUMS, Flag, write_segments
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Outgoing, Peer, Refusal, Transport
 
 MOST_OPEN = 32
@@ -37,7 +38,8 @@ class Relayed:
     asked: Header
     peer: Peer
     """Who asked."""
-    frame: Outgoing
+    frame: Outgoing | Room
+    """What will be sent; or, if sums of it will be, room for the parts."""
     missing: dict[int, int]
     """Incarnation -> bit."""
     parts: int = 0
@@ -83,13 +85,15 @@ class Relay:
         frame = self._transport.outgoing(len(meta), header.rows, header.columns, DTYPES[header.dtype])
         frame.meta[:] = meta
         frame.rows.copy_(incoming.rows)
-        asked = replace(
-            header, sender=self._incarnation, sequence=self._sequence, attempt=0, flags=header.flags & ~Flag.RELAY
-        )
+        flags = header.flags & ~(Flag.RELAY | Flag.PARTIAL)  # all parts come here; how they leave is decided at the end
+        asked = replace(header, sender=self._incarnation, sequence=self._sequence, attempt=0, flags=flags)
         self._transport.send([self._peers[name][1] for name in others], asked, frame)
         most, columns = room
         spare = (1 + len(others)) * SEGMENT.itemsize
-        merged = self._transport.outgoing(most * PARTS.itemsize + spare, most, columns, torch.float32)
+        if header.flags & Flag.PARTIAL:
+            merged = Room(most, columns, incoming.rows.device)
+        else:
+            merged = self._transport.outgoing(most * PARTS.itemsize + spare, most, columns, torch.float32)
         missing = {self._peers[name][0].incarnation: bit for name, bit in others.items()}
         relayed = self._open[self._sequence] = Relayed(self._sequence, header, peer, merged, missing)
         return relayed
@@ -136,11 +140,16 @@ class Relay:
         if relayed.missing or relayed.digest is None:
             return
         self._open.pop(relayed.number, None)
-        write_segments(relayed.frame.meta, relayed.segments)
-        relayed.frame.keep(relayed.parts)
-        header = self._reply(FrameKind.COMBINE, relayed.asked)
+        header, frame = self._reply(FrameKind.COMBINE, relayed.asked), relayed.frame
         header.flags, header.digest = len(relayed.segments), relayed.digest
-        self._transport.send([relayed.peer], header, relayed.frame)
+        if isinstance(frame, Room):
+            header.flags |= SUMS
+            parts, rows = frame.parts(relayed.parts), frame.rows[: relayed.parts]
+            frame = frame_of_sums(self._transport, parts, rows, relayed.segments)
+        else:
+            write_segments(frame.meta, relayed.segments)
+            frame.keep(relayed.parts)
+        self._transport.send([relayed.peer], header, frame)
 
     def _refuse(self, relayed: Relayed) -> None:
         """Whoever asked had better ask again, each instance directly."""
