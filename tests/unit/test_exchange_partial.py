@@ -1,6 +1,7 @@
-"""The partial combine: sums instead of parts, fewer bytes, the same numbers to rounding, and nothing missing or doubled."""
+"""The partial combine: sums instead of parts, the same numbers to rounding, and nothing missing or doubled."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_lost_late_and_doubled_frames_lose_no_part_and_add_none_twice() -> None:
 
 
 def test_experts_that_come_and_go_answer_with_sums_too() -> None:
-    options = {"deadline": 20.0, "give_up": 60.0}
+    options: dict[str, Any] = {"deadline": 20.0, "give_up": 60.0}
     with toy_mesh(round_robin(2), make_elastic=elastic_with(2), partial=True, **options) as mesh:
         for seed in range(12):
             check(mesh, seed, rows=9)
