@@ -9,7 +9,8 @@ follows the busiest instance of each exchange. It begins with the homes that the
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shared.elastic.kernels import fill_homes, fill_paper_homes
+from shared.elastic.kernels import fill_paper_homes
+from shared.elastic.placing_kernels import fill_homes
 from shared.elastic.scaling import Counts
 
 PRICE = 0.02
