@@ -5,11 +5,12 @@ Arrays are [layers, experts]; layers count from 0 among those with experts.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.elastic.eviction import Eviction
 from shared.elastic.worth import UNKNOWN, WORTH, chances_of, note_calls, worths_of
 
 Booleans = NDArray[np.bool_]
@@ -19,15 +20,6 @@ class Residence(IntEnum):
     ABSENT = 0
     LOADING = 1
     RESIDENT = 2
-
-
-class Eviction(StrEnum):
-    """Who makes room."""
-
-    FORESEEN = "foreseen"
-    """What is least probable to be called."""
-    LRU = "lru"
-    """What was called longest ago; nothing is started ahead."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from numba import njit
 
 from shared.elastic.worth import WORTH, chance_of, note_calls
 from shared.replay.pool import ABSENT, NOBODY, home_of, make_room, release, start, start_now
-from shared.replay.timing import best_move, divide, divided_time, hand_over
+from shared.replay.timing import best_move, carry_out, divide, divided_time
 
 HABITUAL = 0.5
 """Experts that so many of the steps call are started ahead although the forecast has no row of them: recorded
 predictions are the likeliest choices, not probabilities as in the live mesh."""
 SELDOM = 0.3
 """Worth up to which the only replica of an expert makes room for a second one of another."""
-MOST_RELIEFS, LEAST_RELIEF = 16, 0.03
+MOST_RELIEFS, LEAST_RELIEF = 16, 0.02
 """Replicas for one exchange, and the share of the busiest instance's time that each must take off."""
 
 
@@ -119,16 +119,19 @@ def _relieve(now, begins, layer, m, expected, alive, pool, costs, times):
     wanted = expected * (alive.sum(axis=0) > 0)
     rows, busy = divide(wanted, alive, np.zeros(len(pool.held)), costs)
     for _ in range(MOST_RELIEFS):
-        could = np.zeros_like(alive)
+        usable = alive.copy()
         for g in range(len(alive)):
             if max(pool.free[g], now) + times[1] <= begins:
-                could[g] = 1 - alive[g]
+                usable[g] = 1
         top = np.argmax(busy)
-        e, h, count, busiest = best_move(rows, busy, could, costs)
+        e, h, count, f, busiest = best_move(rows, busy, usable, costs)
         if e == NOBODY or busiest > busy[top] * (1 - LEAST_RELIEF):
             return
-        if not make_room(layer, m, h, SELDOM, expected, pool):
-            return
-        start(now, m, h, e, pool, times)
-        alive[h, e] = 1
-        hand_over(rows, busy, top, h, e, count, costs)
+        for g, expert in ((h, e), (top, f)):
+            if expert == NOBODY or alive[g, expert]:
+                continue
+            if not make_room(layer, m, g, SELDOM, expected, pool):
+                return
+            start(now, m, g, expert, pool, times)
+            alive[g, expert] = 1
+        carry_out(rows, busy, top, h, e, count, f, costs)
