@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 
 NOBODY = -1
+FINE = 0.02
+"""Of the price: what starts must gain when only the busiest instances count."""
 
 
 @njit(cache=True, nogil=True)
@@ -36,6 +38,9 @@ def fill_homes(shares, counts, slots, price, rounds, homes):
             _move(shares, homes, carried, e, NOBODY, g)
     for _ in range(rounds):
         if not _improve(shares, homes, carried, scale, slots, price):
+            break
+    for _ in range(rounds * len(homes)):
+        if not _relieve(shares, homes, carried, slots, FINE * price):
             break
     return True
 
@@ -171,3 +176,64 @@ def _improve(shares, homes, carried, scale, slots, price):
                 _move(shares, homes, carried, f, h, g)
             improved = True
     return improved
+
+
+@njit(cache=True, nogil=True)
+def _relieve(shares, homes, carried, slots, price):
+    """Carry out the move or swap that takes most off the busiest instances' sum over samples. False: none gains enough."""
+    tops, loads = _busiest(carried)
+    before = loads[0].sum()
+    best, most = (NOBODY, NOBODY, NOBODY, NOBODY), 0.0
+    for g in range(len(homes)):
+        for h in range(len(homes)):
+            if h == g:
+                continue
+            rest = _rest(tops, loads, g, h)
+            free = homes[h].sum() < slots[h]
+            for e in range(homes.shape[1]):
+                if not homes[g, e] or homes[h, e]:
+                    continue
+                for f in range(-1, e):
+                    if (f == NOBODY and not free) or (f != NOBODY and (homes[g, f] or not homes[h, f])):
+                        continue
+                    after = 0.0
+                    for k in range(len(rest)):
+                        moved = shares[k, e] - (shares[k, f] if f != NOBODY else 0.0)
+                        after += max(rest[k], carried[g, k] - moved, carried[h, k] + moved)
+                    gain = before - after - price * (1 if f == NOBODY else 2) * before
+                    if gain > most * (1 + 1e-9) + 1e-9 * before:
+                        best, most = (g, h, e, f), gain
+    g, h, e, f = best
+    if g == NOBODY:
+        return False
+    _move(shares, homes, carried, e, g, h)
+    if f != NOBODY:
+        _move(shares, homes, carried, f, h, g)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _busiest(carried):
+    """The three busiest instances of every sample and their loads, [3, samples] each; NOBODY and 0 where there are fewer."""
+    tops, loads = np.full((3, carried.shape[1]), NOBODY), np.zeros((3, carried.shape[1]))
+    for k in range(carried.shape[1]):
+        for g in range(len(carried)):
+            for place in range(3):
+                if tops[place, k] == NOBODY or carried[g, k] > loads[place, k]:
+                    for later in range(2, place, -1):
+                        tops[later, k], loads[later, k] = tops[later - 1, k], loads[later - 1, k]
+                    tops[place, k], loads[place, k] = g, carried[g, k]
+                    break
+    return tops, loads
+
+
+@njit(cache=True, nogil=True)
+def _rest(tops, loads, g, h):
+    """Load of the busiest instance but two, in every sample."""
+    rest = np.zeros(tops.shape[1])
+    for k in range(len(rest)):
+        for place in range(3):
+            if tops[place, k] != NOBODY and tops[place, k] != g and tops[place, k] != h:
+                rest[k] = loads[place, k]
+                break
+    return rest

@@ -38,7 +38,7 @@ class Settings:
     parts: Parts = field(default_factory=Parts)
     period_s: float = 30.0
     """Between two looks of ``moemesh`` at homes."""
-    samples: int = 128
+    samples: int = 256
     """Steps that it looks at, spread over the latest eight times as many."""
     extra: float = 0.0
     """Homes beyond the first that it may have, as a share of the experts of a layer."""

@@ -8,6 +8,7 @@ where they take enough off the busiest instance. When the exchange is over they 
 import numpy as np
 from numba import njit
 
+from shared.elastic.kernels import squared_cv
 from shared.elastic.worth import WORTH, chance_of, note_calls
 from shared.replay.pool import ABSENT, NOBODY, home_of, make_room, release, start, start_now
 from shared.replay.timing import best_move, carry_out, divide, divided_time
@@ -17,8 +18,13 @@ HABITUAL = 0.5
 predictions are the likeliest choices, not probabilities as in the live mesh."""
 SELDOM = 0.3
 """Worth up to which the only replica of an expert makes room for a second one of another."""
-MOST_RELIEFS, LEAST_RELIEF = 16, 0.02
+MOST_RELIEFS, LEAST_RELIEF = 24, 0.005
 """Replicas for one exchange, and the share of the busiest instance's time that each must take off."""
+
+EVEN = 0.025
+"""Of the coefficient of variation of replicas that is even enough: that of instances."""
+DISTURBS = 1.0
+"""Of the time that an early start takes from its instance, what must be gained."""
 
 
 @njit(cache=True, nogil=True)
@@ -31,7 +37,7 @@ def elastic_step(now, loads, expected, history, known, rules, pool, costs, times
     it; rare: see ``pool.release``, negative: nothing is stopped; times: (misc_s, warm_s, cold_s, start_share). Proxy
     and resident: replica-seconds.
     """
-    distance, _, early, rare = rules
+    distance, _, early, rare, _ = rules
     layers, recorded, misc_s = len(pool.homes), len(loads), times[0]
     spent = waited = proxy = resident = last = 0.0
     late = 0
@@ -68,10 +74,10 @@ def _compute(now, layer, loads, last, pool, costs, times):
     for e in range(len(loads)):
         if loads[e] > 0:
             late += _require(now, layer, e, loads, pool, times, waits, usable)
-    time = divided_time(loads, usable, np.maximum(waits, slowed), costs)
+    time = divided_time(loads, usable, pool.homes[layer], np.maximum(waits, slowed), costs)
     if late == 0:
         return time, 0.0, late
-    return time, max(0.0, time - divided_time(loads, usable, slowed, costs)), late
+    return time, max(0.0, time - divided_time(loads, usable, pool.homes[layer], slowed, costs)), late
 
 
 @njit(cache=True, nogil=True)
@@ -110,14 +116,16 @@ def _foresee(now, begins, layer, m, expected, rules, pool, costs, times):
             start(now, m, g, e, pool, times)
             alive[g, e] = 1
     if rules[1]:
-        _relieve(now, begins, layer, m, expected, alive, pool, costs, times)
+        _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times)
 
 
 @njit(cache=True, nogil=True)
-def _relieve(now, begins, layer, m, expected, alive, pool, costs, times):
+def _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times):
     """Second replicas for one exchange, where the busiest instance is expected to gain more than a start disturbs."""
     wanted = expected * (alive.sum(axis=0) > 0)
-    rows, busy = divide(wanted, alive, np.zeros(len(pool.held)), costs)
+    rows, busy = divide(wanted, alive, np.zeros(len(pool.held)), costs, alive)
+    price = DISTURBS * times[1] * times[3] if rules[2] else 0.0
+    ones = np.ones(len(busy), np.int64)
     for _ in range(MOST_RELIEFS):
         usable = alive.copy()
         for g in range(len(alive)):
@@ -125,8 +133,9 @@ def _relieve(now, begins, layer, m, expected, alive, pool, costs, times):
                 usable[g] = 1
         top = np.argmax(busy)
         e, h, count, f, busiest = best_move(rows, busy, usable, costs)
-        if e == NOBODY or busiest > busy[top] * (1 - LEAST_RELIEF):
-            return
+        even = squared_cv(busy, ones, False) <= (EVEN * rules[4]) ** 2
+        if even or e == NOBODY or busy[top] - busiest < max(LEAST_RELIEF * busy[top], price):
+            break
         for g, expert in ((h, e), (top, f)):
             if expert == NOBODY or alive[g, expert]:
                 continue
@@ -135,3 +144,20 @@ def _relieve(now, begins, layer, m, expected, alive, pool, costs, times):
             start(now, m, g, expert, pool, times)
             alive[g, expert] = 1
         carry_out(rows, busy, top, h, e, count, f, costs)
+    if not rules[2]:
+        _insure(now, begins, layer, m, rows, expected, alive, pool, times)
+
+
+@njit(cache=True, nogil=True)
+def _insure(now, begins, layer, m, rows, expected, alive, pool, times):
+    """Further replicas while there is time: predictions err, and whoever holds an expert may take it over."""
+    for h in range(len(alive)):
+        while max(pool.free[h], now) + times[1] <= begins:
+            best = NOBODY
+            for e in range(alive.shape[1]):
+                if not alive[h, e] and expected[e] > 0 and alive[:, e].sum() == 1 and (best == NOBODY or expected[e] < expected[best]):
+                    best = e
+            if best == NOBODY or not make_room(layer, m, h, SELDOM, expected, pool):
+                break
+            start(now, m, h, best, pool, times)
+            alive[h, best] = 1

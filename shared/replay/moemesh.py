@@ -35,7 +35,7 @@ class Moemesh:
         )
         self._costs = costs(inputs, settings.form)
         rare = settings.rare if self.parts.keep_alive else -1.0
-        self._rules = (settings.distance, self.parts.scaler, inputs.start_share < EARLY, rare)
+        self._rules = (settings.distance, self.parts.scaler, inputs.start_share < EARLY, rare, settings.threshold)
         self._known = work.known if self.parts.predictor else np.zeros_like(work.known)
         self.pool = first_pool(work, inputs, residents_of(work, inputs, settings))
         self._planner = Planner(work, inputs, settings, self._known)

@@ -70,27 +70,35 @@ def even_time(loads, held, waits, costs):
 
 
 @njit(cache=True, nogil=True)
-def divided_time(loads, usable, waits, costs):
-    """Rows are divided by ``divide``, or evenly where that is faster. usable int64 [instances, E], 0 or 1."""
-    rows, _ = divide(loads, usable, waits, costs)
-    return min(_time(rows, waits, costs), even_time(loads, usable, waits, costs))
+def divided_time(loads, usable, homes, waits, costs):
+    """Rows are divided by ``divide``, from homes on or from nothing, or evenly where that is faster.
+
+    usable int64 [instances, E], 0 or 1; homes bool [instances, E].
+    """
+    best = even_time(loads, usable, waits, costs)
+    rows, _ = divide(loads, usable, waits, costs, usable)
+    best = min(best, _time(rows, waits, costs))
+    rows, _ = divide(loads, usable, waits, costs, usable * homes)
+    return min(best, _time(rows, waits, costs))
 
 
 @njit(cache=True, nogil=True)
-def divide(loads, usable, waits, costs):
+def divide(loads, usable, waits, costs, first):
     """Who computes how many rows of each expert, int64 [instances, E], and how long each instance is busy.
 
-    Whole experts go to their least busy homes, the longest first, after those that have no choice. Then the busiest
+    Whole experts go to their least busy instances, the longest first, after those that have no choice; ``first``
+    int64 [instances, E] says which instances are asked before others. Then the busiest
     instance hands over what helps, an expert or a part of its rows or one for another, until nothing does.
     """
     rows, busy = np.zeros(usable.shape, np.int64), waits.copy()
-    homes = usable.sum(axis=0)
-    for e in np.argsort(-(loads + (homes == 1) * (1 << 40)), kind="mergesort"):
+    choices = usable.sum(axis=0)
+    for e in np.argsort(-(loads + (choices == 1) * (1 << 40)), kind="mergesort"):
         if loads[e] == 0:
             continue
+        among = first if first[:, e].any() else usable
         best = NOBODY
         for g in range(len(busy)):
-            if usable[g, e] and (best == NOBODY or busy[g] < busy[best]):
+            if among[g, e] and (best == NOBODY or busy[g] < busy[best]):
                 best = g
         rows[best, e] = loads[e]
         busy[best] += costs[1] + costs[0] * loads[e]
