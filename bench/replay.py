@@ -26,8 +26,7 @@ from shared.replay.work import Work
 
 FORMS = (Form.DEVICES, Form.SUMS)
 """Those that have bars."""
-DISTANCE = {"local": 1, "paper": 2}
-"""By profile: the least at which a start ends before the layer that it is for begins."""
+PROFILES = ("local", "paper")
 THRESHOLDS, DISTANCES, FACTORS = (0.2, 0.4, 0.6, 0.8, 1.0), (1, 2, 3, 4, 5), (0.5, 2.0)
 NO_PARTS = Parts(predictor=False, scaler=False, placer=False, keep_alive=False)
 SAME = "moemesh, paper's memory"
@@ -50,7 +49,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--arrivals", type=Path, nargs="+", default=[], help="CSV files of requests")
     p.add_argument("--seconds", type=float, default=0.0, help="of the arrivals; 0: all")
     p.add_argument("--sweep-seconds", type=float, default=600.0, help="of the arrivals, in sweeps and ablations")
-    p.add_argument("--profile", choices=tuple(DISTANCE), nargs="+", default=list(DISTANCE))
+    p.add_argument("--profile", choices=PROFILES, nargs="+", default=PROFILES)
     p.add_argument("--plots", type=Path, help="directory for PNG files")
     p.add_argument("--only", choices=("compare", "sweeps"), help="a part of the bench")
     return p.parse_args()
@@ -77,7 +76,7 @@ class Bench:
 
     def _cell(self, profile: str, arrivals: Path, kind: Form) -> Rows:
         """All policies, and `moemesh` with the memory that `paper` has used."""
-        inputs, settings = load_inputs(profile), Settings(form=kind, distance=DISTANCE[profile])
+        inputs, settings = load_inputs(profile), Settings(form=kind)
         work = self.work(arrivals, inputs, settings, self.args.seconds)
         outcomes = compare(work, inputs, settings, ("eplb", "paper", "moemesh"), silent)
         rows, budget = rows_of(outcomes), outcomes["paper"].residents / (work.layers(inputs) * work.experts)
@@ -91,7 +90,7 @@ class Bench:
 
     def sweeps(self, profile: str) -> dict[str, Any]:
         """V and d as in the paper, parts on alone and off alone, coefficients halved and doubled."""
-        inputs, base = load_inputs(profile), Settings(distance=DISTANCE[profile])
+        inputs, base = load_inputs(profile), Settings()
         work = self.work(self.args.arrivals[0], inputs, base, self.args.sweep_seconds)
         result = {
             "V": {v: self.run(f"{profile} V = {v}", work, inputs, replace(base, threshold=v)) for v in THRESHOLDS},

@@ -8,8 +8,6 @@ import numpy as np
 from numba import njit
 
 NOBODY = -1
-FINE = 0.02
-"""Of the price: what starts must gain when only the busiest instances count."""
 
 
 @njit(cache=True, nogil=True)
@@ -40,7 +38,7 @@ def fill_homes(shares, counts, slots, price, rounds, homes):
         if not _improve(shares, homes, carried, scale, slots, price):
             break
     for _ in range(rounds * len(homes)):
-        if not _relieve(shares, homes, carried, slots, FINE * price):
+        if not _relieve(shares, homes, carried, slots, price):
             break
     return True
 
@@ -180,9 +178,13 @@ def _improve(shares, homes, carried, scale, slots, price):
 
 @njit(cache=True, nogil=True)
 def _relieve(shares, homes, carried, slots, price):
-    """Carry out the move or swap that takes most off the busiest instances' sum over samples. False: none gains enough."""
+    """Carry out the move or swap that takes most off the busiest instance, summed over samples. False: none does.
+
+    The price is a share of what the busiest have beyond an even split.
+    """
     tops, loads = _busiest(carried)
     before = loads[0].sum()
+    start = price * (before - carried.sum() / len(carried))
     best, most = (NOBODY, NOBODY, NOBODY, NOBODY), 0.0
     for g in range(len(homes)):
         for h in range(len(homes)):
@@ -200,7 +202,7 @@ def _relieve(shares, homes, carried, slots, price):
                     for k in range(len(rest)):
                         moved = shares[k, e] - (shares[k, f] if f != NOBODY else 0.0)
                         after += max(rest[k], carried[g, k] - moved, carried[h, k] + moved)
-                    gain = before - after - price * (1 if f == NOBODY else 2) * before
+                    gain = before - after - start * (1 if f == NOBODY else 2)
                     if gain > most * (1 + 1e-9) + 1e-9 * before:
                         best, most = (g, h, e, f), gain
     g, h, e, f = best
@@ -214,7 +216,7 @@ def _relieve(shares, homes, carried, slots, price):
 
 @njit(cache=True, nogil=True)
 def _busiest(carried):
-    """The three busiest instances of every sample and their loads, [3, samples] each; NOBODY and 0 where there are fewer."""
+    """The three busiest instances of every sample and their loads, [3, samples] each; NOBODY and 0 for none."""
     tops, loads = np.full((3, carried.shape[1]), NOBODY), np.zeros((3, carried.shape[1]))
     for k in range(carried.shape[1]):
         for g in range(len(carried)):

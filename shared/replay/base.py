@@ -42,8 +42,8 @@ class Settings:
     """Steps that it looks at, spread over the latest eight times as many."""
     extra: float = 0.0
     """Homes beyond the first that it may have, as a share of the experts of a layer."""
-    rare: float = 0.02
-    """Share of the steps that must call an expert for which it is kept between them."""
+    wait_s: float = 3e-6
+    """An expert is not kept for less: the share of steps that call it times the wait for its start."""
 
 
 class Spent(NamedTuple):

@@ -19,12 +19,9 @@ predictions are the likeliest choices, not probabilities as in the live mesh."""
 SELDOM = 0.3
 """Worth up to which the only replica of an expert makes room for a second one of another."""
 MOST_RELIEFS, LEAST_RELIEF = 24, 0.005
-"""Replicas for one exchange, and the share of the busiest instance's time that each must take off."""
-
+"""Moves for one exchange, and the share of the busiest instance's time that each must take off."""
 EVEN = 0.025
-"""Of the coefficient of variation of replicas that is even enough: that of instances."""
-DISTURBS = 1.0
-"""Of the time that an early start takes from its instance, what must be gained."""
+"""Of the coefficient of variation that is even enough between replicas: that between instances."""
 
 
 @njit(cache=True, nogil=True)
@@ -53,7 +50,7 @@ def elastic_step(now, loads, expected, history, known, rules, pool, costs, times
         resident += pool.held.sum() * time
         now += time
         if rare >= 0:
-            release(layer, rare, pool)
+            release(now, layer, rare, pool)
         if not early:
             begins = now + misc_s + (distance - 1) * (time + misc_s)
             _foresee(now, begins, layer, m, forecast, rules, pool, costs, times)
@@ -122,42 +119,57 @@ def _foresee(now, begins, layer, m, expected, rules, pool, costs, times):
 @njit(cache=True, nogil=True)
 def _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times):
     """Second replicas for one exchange, where the busiest instance is expected to gain more than a start disturbs."""
-    wanted = expected * (alive.sum(axis=0) > 0)
+    wanted, ones = expected * (alive.sum(axis=0) > 0), np.ones(len(alive), np.int64)
     rows, busy = divide(wanted, alive, np.zeros(len(pool.held)), costs, alive)
-    price = DISTURBS * times[1] * times[3] if rules[2] else 0.0
-    ones = np.ones(len(busy), np.int64)
+    price = times[1] * times[3] if rules[2] else 0.0
     for _ in range(MOST_RELIEFS):
         usable = alive.copy()
         for g in range(len(alive)):
-            if max(pool.free[g], now) + times[1] <= begins:
-                usable[g] = 1
+            usable[g] |= max(pool.free[g], now) + times[1] <= begins
         top = np.argmax(busy)
         e, h, count, f, busiest = best_move(rows, busy, usable, costs)
-        even = squared_cv(busy, ones, False) <= (EVEN * rules[4]) ** 2
-        if even or e == NOBODY or busy[top] - busiest < max(LEAST_RELIEF * busy[top], price):
+        if e == NOBODY or busy[top] - busiest < max(LEAST_RELIEF * busy[top], price):
             break
-        for g, expert in ((h, e), (top, f)):
-            if expert == NOBODY or alive[g, expert]:
-                continue
-            if not make_room(layer, m, g, SELDOM, expected, pool):
-                return
-            start(now, m, g, expert, pool, times)
-            alive[g, expert] = 1
+        if squared_cv(busy, ones, False) <= (EVEN * rules[4]) ** 2:
+            break
+        if not (
+            _second(now, layer, m, h, e, expected, alive, pool, times)
+            and _second(now, layer, m, top, f, expected, alive, pool, times)
+        ):
+            break
         carry_out(rows, busy, top, h, e, count, f, costs)
     if not rules[2]:
-        _insure(now, begins, layer, m, rows, expected, alive, pool, times)
+        _insure(now, begins, layer, m, expected, alive, pool, times)
 
 
 @njit(cache=True, nogil=True)
-def _insure(now, begins, layer, m, rows, expected, alive, pool, times):
-    """Further replicas while there is time: predictions err, and whoever holds an expert may take it over."""
-    for h in range(len(alive)):
-        while max(pool.free[h], now) + times[1] <= begins:
-            best = NOBODY
-            for e in range(alive.shape[1]):
-                if not alive[h, e] and expected[e] > 0 and alive[:, e].sum() == 1 and (best == NOBODY or expected[e] < expected[best]):
-                    best = e
-            if best == NOBODY or not make_room(layer, m, h, SELDOM, expected, pool):
+def _second(now, layer, m, g, e, expected, alive, pool, times):
+    """A replica of ``e`` on ``g``, if it is none yet and not NOBODY. False: there is no room."""
+    if e == NOBODY or alive[g, e]:
+        return True
+    if not make_room(layer, m, g, SELDOM, expected, pool):
+        return False
+    start(now, m, g, e, pool, times)
+    alive[g, e] = 1
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _insure(now, begins, layer, m, expected, alive, pool, times):
+    """Further replicas while nothing else is to be done: predictions err, and small experts make up for that best."""
+    for g in range(len(alive)):
+        while max(pool.free[g], now) + times[1] <= begins:
+            e = _least_expected(g, expected, alive)
+            if e == NOBODY or not _second(now, layer, m, g, e, expected, alive, pool, times):
                 break
-            start(now, m, h, best, pool, times)
-            alive[h, best] = 1
+
+
+@njit(cache=True, nogil=True)
+def _least_expected(g, expected, alive):
+    """Of the experts that one other instance has, and ``g`` has not."""
+    best = NOBODY
+    for e in range(len(expected)):
+        single = expected[e] > 0 and not alive[g, e] and alive[:, e].sum() == 1
+        if single and (best == NOBODY or expected[e] < expected[best]):
+            best = e
+    return best

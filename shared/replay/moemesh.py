@@ -34,7 +34,8 @@ class Moemesh:
             (inputs.misc_s, inputs.warm_s, inputs.cold_s, inputs.start_share),
         )
         self._costs = costs(inputs, settings.form)
-        rare = settings.rare if self.parts.keep_alive else -1.0
+        self._rare = settings.wait_s / inputs.warm_s
+        rare = self._rare if self.parts.keep_alive else -1.0
         self._rules = (settings.distance, self.parts.scaler, inputs.start_share < EARLY, rare, settings.threshold)
         self._known = work.known if self.parts.predictor else np.zeros_like(work.known)
         self.pool = first_pool(work, inputs, residents_of(work, inputs, settings))
@@ -50,7 +51,7 @@ class Moemesh:
             homes = self._planner.homes(index, self.layers, self.pool)
             move_homes(now, homes, self.pool, self._times)
         if self.parts.keep_alive:
-            fill(now, max(self.settings.rare, 0.02), self.pool, self._times)
+            fill(now, self._rare, self.pool, self._times)
         result = elastic_step(
             now, work.loads[index], work.predicted[index], work.loads[before], self._known, self._rules,
             self.pool, self._costs, self._times,
@@ -114,8 +115,8 @@ class Planner:
         """For all layers; tiles of a recorded layer have them one instance further each."""
         seen = np.arange(index - 1, max(-1, index - 1 - 8 * self._settings.samples), -8)
         most = self._most(int(pool.budget.sum()) // layers)
-        for layer, known in enumerate(self._known):
-            loads = (self._work.predicted if known else self._work.loads)[seen, layer].astype(np.float64)
+        for layer in range(len(self._homes)):
+            loads = self._work.loads[seen, layer].astype(np.float64)
             self._counts[layer] = self._scale(loads.mean(axis=0), self._counts[layer], most)
             self._homes[layer] = self._place(loads, self._counts[layer], self._homes[layer], most)
         recorded = np.arange(layers) % len(self._homes)

@@ -158,15 +158,15 @@ def victim(layer, g, until, loads, pool):
 
 
 @njit(cache=True, nogil=True)
-def release(layer, rare, pool):
-    """Stop replicas of a layer that are away from home, if a home has one, and experts that are called too rarely.
+def release(now, layer, rare, pool):
+    """Stop replicas of a layer that are away from home, if a home can compute, and experts that are called too rarely.
 
     rare: the share of steps that must call an expert for it to stay.
     """
     for e in range(pool.homes.shape[2]):
         at_home = False
         for g in range(len(pool.held)):
-            at_home |= pool.homes[layer, g, e] and pool.ready[layer, g, e] < ABSENT
+            at_home |= pool.homes[layer, g, e] and pool.ready[layer, g, e] <= now
         for g in range(len(pool.held)):
             away = at_home and not pool.homes[layer, g, e]
             if pool.ready[layer, g, e] < ABSENT and (away or pool.share[layer % len(pool.share), e] < rare):

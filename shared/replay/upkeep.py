@@ -35,7 +35,7 @@ def move_homes(now, homes, pool, times):
                 if absent and make_room(layer, layer, g, SELDOM, nobody, pool):
                     start(now, layer, g, e, pool, times)
     for layer in range(len(homes)):
-        release(layer, 0.0, pool)
+        release(now, layer, 0.0, pool)
 
 
 @njit(cache=True, nogil=True)

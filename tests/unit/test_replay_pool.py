@@ -98,13 +98,18 @@ def test_after_an_exchange_replicas_away_from_home_go_and_so_do_experts_that_are
     made = pool(2, resident=True)
     start(0.0, 1, 0, 1, made, TIMES)
     made.share[1, 3] = 0.05
-    release(1, 0.1, made)
+    release(5.0, 1, 0.1, made)
     assert residents(made, 0) == {(layer, e) for layer in range(LAYERS) for e in (0, 2)}
     assert (1, 3) not in residents(made, 1)
     stop(1, 1, 1, made)
     start(0.0, 1, 0, 1, made, TIMES)
-    release(1, 0.0, made)
+    release(5.0, 1, 0.0, made)
     assert (1, 1) in residents(made, 0), "nobody else has it"
+    start(4.5, 1, 1, 1, made, TIMES)
+    release(5.0, 1, 0.0, made)
+    assert (1, 1) in residents(made, 0), "its home is being started"
+    release(6.0, 1, 0.0, made)
+    assert (1, 1) not in residents(made, 0)
 
 
 def test_free_memory_takes_what_is_called_often_enough() -> None:
@@ -118,6 +123,10 @@ def test_new_homes_are_started_and_old_ones_go() -> None:
     made = pool(2, resident=True)
     homes = made.homes[:, ::-1].copy()
     move_homes(0.0, homes, made, TIMES)
+    assert np.isfinite(made.ready[homes]).all()
+    assert np.isfinite(made.ready[~homes]).all(), "old ones compute until the new ones can"
+    for layer in range(LAYERS):
+        release(100.0, layer, 0.0, made)
     assert (np.isfinite(made.ready) == homes).all()
     assert made.starts.sum() == LAYERS * EXPERTS
 
