@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from shared.elastic.residency import Eviction
+from shared.elastic.eviction import Eviction
 from shared.errors import ConfigError
 from shared.scheduling.policies import Policy
 

@@ -23,8 +23,9 @@ from services.experts.store import ExpertStore
 from shared.activation import PARTS, Choice
 from shared.compute import ComputeSide
 from shared.config import ExpertsConfig, parse_bytes
+from shared.elastic.eviction import Eviction
 from shared.elastic.keep_alive import Fixed, Histogram, KeepAlive, Window
-from shared.elastic.residency import Eviction, Residency
+from shared.elastic.residency import Residency
 from shared.errors import ConfigError
 from shared.exchange_frames import Routes
 from shared.keep_awake import KeepAwake

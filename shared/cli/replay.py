@@ -14,8 +14,8 @@ from rich.table import Table
 from shared.errors import ConfigError, MoemeshError
 
 if TYPE_CHECKING:
+    from shared.replay.base import Parts, Settings
     from shared.replay.inputs import Inputs
-    from shared.replay.policies import Parts, Settings
     from shared.replay.run import Outcome
     from shared.replay.session import Draw, Files
     from shared.replay.work import Work
@@ -52,8 +52,9 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Simulate policies on recorded routing and arrivals: time of a MoE layer, and what experts cost in memory."""
+    from shared.replay.base import Settings
     from shared.replay.inputs import FILE, load_inputs
-    from shared.replay.policies import Settings, check_policies
+    from shared.replay.policies import check_policies
     from shared.replay.session import Draw, Files
     from shared.replay.timing import Form
 
@@ -61,21 +62,25 @@ def replay(
     kind = Form(_one_of("--form", form, [*Form]))
     settings = Settings(distance=distance, threshold=cv, form=kind, parts=_parts(without or []))
     settings = replace(settings, budget=budget or settings.budget)
-    given = load_inputs(profile, inputs or FILE)
-    files = Files(tuple(routing), tuple(predicted or []), arrivals)
     draw = Draw(seconds, _one_of("--batching", batching, BATCHING) == "second", seed)
-    work, outcomes = _run(files, given, settings, draw, policy)
+    given, files = load_inputs(profile, inputs or FILE), Files(tuple(routing), tuple(predicted or []), arrivals)
     facts = {"profile": profile, "form": form, "batching": batching, "distance": distance, "cv": cv, "seed": seed}
     facts |= {"budget": settings.budget, "predicted": bool(predicted)}
-    facts |= {"steps": len(work.rows), "rows": int(work.rows.sum())}
+    work, outcomes = _run(files, given, settings, draw, policy)
+    _show(facts | {"steps": len(work.rows), "rows": int(work.rows.sum())}, given, outcomes, plot, as_json)
+
+
+def _show(
+    facts: Mapping[str, object], inputs: "Inputs", outcomes: "dict[str, Outcome]", plot: Path | None, as_json: bool
+) -> None:
     if as_json:
-        print(json.dumps(facts | {"inputs": vars(given), "outcomes": _rows(outcomes)}))
+        print(json.dumps({**facts, "inputs": vars(inputs), "outcomes": _rows(outcomes)}))
     else:
-        _print(facts, given.about, outcomes)
+        _print(facts, inputs.about, outcomes)
     if plot:
         from shared.replay.plot import plot_outcomes
 
-        plot_outcomes(list(outcomes.values()), f"{profile}, {form}", plot)
+        plot_outcomes(list(outcomes.values()), f"{facts['profile']}, {facts['form']}", plot)
 
 
 def _run(
@@ -112,7 +117,7 @@ def _one_of(setting: str, given: str, known: "list[str] | tuple[str, ...]") -> s
 
 
 def _parts(without: list[str]) -> "Parts":
-    from shared.replay.policies import Parts
+    from shared.replay.base import Parts
 
     return Parts(**{_one_of("--without", part, PARTS).replace("-", "_"): False for part in without})
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared.elastic import scaling
-from shared.elastic.kernels import fill_homes, fill_paper_homes
+from shared.elastic.kernels import fill_paper_homes
+from shared.elastic.placing_kernels import fill_homes
 from shared.elastic.scaling import Counts
 
 PRICE = 0.02

@@ -1,39 +1,25 @@
 """Which experts an instance keeps resident: pure decisions on arrays, given calls, predictions and time.
 
-All layers share one budget of slots. Every step passes every layer once, so an expert is worth its slot by the chance
-that the coming exchange of its layer calls it: as predicted, if it is, else the share of recent exchanges that called
-it; and by a part of that share, since there are steps after the next. Who is worth least makes room.
+All layers share one budget of slots; who makes room is decided by worth.py, for the replay too.
 Arrays are [layers, experts]; layers count from 0 among those with experts.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.elastic.eviction import Eviction
+from shared.elastic.worth import UNKNOWN, WORTH, chances_of, note_calls, worths_of
+
 Booleans = NDArray[np.bool_]
-FORGET = 0.03
-"""Weight of the newest exchange in the share of exchanges that call an expert."""
-HABIT = 0.3
-"""What that share weighs beside the chance of the coming exchange."""
-WORTH = 0.05
-"""Experts that are predicted to be called with this probability or more are started ahead."""
 
 
 class Residence(IntEnum):
     ABSENT = 0
     LOADING = 1
     RESIDENT = 2
-
-
-class Eviction(StrEnum):
-    """Who makes room."""
-
-    FORESEEN = "foreseen"
-    """What is least probable to be called."""
-    LRU = "lru"
-    """What was called longest ago; nothing is started ahead."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +48,15 @@ class Residency:
         self._slots, self._eviction = slots, eviction
         self._share = np.zeros(shape, np.float32)
         """Of the exchanges that call it, the recent ones weighing most."""
-        self._soon = np.full(shape, -1.0, np.float32)
-        """Predicted probability for the coming exchange of the layer; < 0: no prediction."""
+        self._soon = np.full(shape, UNKNOWN, np.float32)
+        """Predicted probability for the coming exchange of the layer, or UNKNOWN."""
+        self._compile()
+
+    def _compile(self) -> None:
+        """Before the first exchange, which must not wait for it."""
+        note_calls(self._share[0], self.homes[0])
+        chances_of(self._share[0])
+        worths_of(self._share, self._soon)
 
     @property
     def free(self) -> int:
@@ -85,11 +78,11 @@ class Residency:
 
     def call(self, layer: int, experts: NDArray[np.integer], now: float) -> None:
         """An exchange calls these experts (unique ids): the first look at it, whether they are resident or not."""
-        share = self._share[layer]
-        share *= 1 - FORGET
-        share[experts] += FORGET
+        called = np.zeros(self._share.shape[1], np.bool_)
+        called[experts] = True
+        note_calls(self._share[layer], called)
         self.called_at[layer, experts] = now
-        self._soon[layer] = -1.0
+        self._soon[layer] = UNKNOWN
 
     def demand(self, layer: int, experts: NDArray[np.integer]) -> list[Start]:
         """Start what is absent of these: an exchange waits, so that every resident may make room.
@@ -103,8 +96,7 @@ class Residency:
         """Expected rows [experts] of the coming exchange of ``layer``: start what is worth it, most probable first."""
         if self._eviction is Eviction.LRU:
             return []
-        chance = 1 - np.exp(-np.maximum(loads, 0))
-        self._soon[layer] = chance
+        chance = self._soon[layer] = chances_of(np.asarray(loads, np.float32))
         wanted = self.homes[layer] & (self.state[layer] == Residence.ABSENT) & (chance >= WORTH)
         experts = np.flatnonzero(wanted)
         if not len(experts):
@@ -113,8 +105,8 @@ class Residency:
         return self._starts(layer, experts, self.worth()[layer, experts])
 
     def worth(self) -> NDArray[np.floating]:
-        """What a slot is worth to each expert, [layers, experts]: 0 to 1 + HABIT."""
-        return np.where(self._soon >= 0, self._soon, self._share) + HABIT * self._share
+        """What a slot is worth to each expert, [layers, experts]."""
+        return worths_of(self._share, self._soon)
 
     def loaded(self, layer: int, expert: int, now: float) -> None:
         """A start has ended well."""

@@ -1,4 +1,4 @@
-"""One step of the paper's pool, compiled: Algorithms 1 and 2 for every layer of every step, and a fixed keep-alive.
+"""The paper's policy, compiled: Algorithms 1 and 2 for every layer of every step, and a fixed keep-alive.
 
 Source: MoEless (arXiv 2603.06350), sections 4.2 to 4.4. What it leaves open is decided here: a replica that is still
 being started is not used if its expert has another; where memory is full, the replica that has been idle longest makes
@@ -13,7 +13,11 @@ from numba import njit
 from numpy.typing import NDArray
 
 from shared.elastic.kernels import fill_paper_counts, fill_paper_homes
-from shared.replay.timing import even_time
+from shared.replay.base import Settings, Spent
+from shared.replay.baselines import Static
+from shared.replay.inputs import Inputs
+from shared.replay.timing import Costs, costs, even_time
+from shared.replay.work import Work
 
 NOBODY = -1
 
@@ -136,3 +140,36 @@ def _usable(now, layer, e, pool, waits, usable):
     usable[first, e] = 1
     waits[first] = max(waits[first], pool.ready[layer, first, e] - now)
     return 1 if pool.ready[layer, first, e] > now else 0
+
+
+class Paper:
+    """Algorithms 1 and 2 with predicted loads, and a fixed keep-alive."""
+
+    def __init__(self, work: Work, inputs: Inputs, settings: Settings) -> None:
+        self.work, self.inputs, self.settings = work, inputs, settings
+        self.costs: Costs = costs(inputs, settings.form)
+        homes = Static(work, inputs, settings).held
+        layers = work.layers(inputs)
+        alive = homes[np.arange(layers) % len(homes)]
+        self.pool = PaperPool(
+            alive.copy(), alive.copy(), np.zeros(alive.shape), np.zeros(alive.shape), np.zeros(inputs.instances),
+            alive.sum(axis=(0, 2)), np.zeros(2, np.int64),
+        )  # fmt: skip
+        most_extra = int(np.ceil(inputs.cap_bytes / inputs.expert_bytes))
+        self._rules = (inputs.slots, most_extra, settings.threshold, settings.keep_s)
+        self._times = (inputs.misc_s, inputs.warm_s, inputs.cold_s)
+
+    def step(self, index: int, now: float) -> Spent:
+        work = self.work
+        result = paper_step(
+            now, work.loads[index], work.predicted[index], work.loads[max(0, index - 1)], work.known,
+            self.settings.distance, self.pool, self._rules, self.costs, self._times,
+        )  # fmt: skip
+        return Spent(*result)
+
+    def idle(self, begin: float, end: float) -> float:
+        return float(self.pool.held.sum() * (end - begin))
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        return int(self.pool.starts[0]), int(self.pool.starts[1])

@@ -5,41 +5,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.errors import ConfigError
 from shared.replay.run import Outcome
 
+POINTS = 240
+"""In time."""
+
 
 def plot_outcomes(outcomes: Sequence[Outcome], title: str, file: Path) -> None:
-    """Times of a MoE layer as distributions, and the forms of cost beside static expert parallelism."""
+    """Times of a MoE layer as distributions, and how many experts are resident as time goes on."""
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
     for outcome in outcomes:
-        times = np.sort(outcome.times) * 1e3
-        left.plot(times, np.arange(1, len(times) + 1) / len(times), label=outcome.policy)
+        times = np.quantile(outcome.times, np.linspace(0, 1, POINTS)) * 1e3
+        left.plot(times, np.linspace(0, 1, POINTS), label=outcome.policy)
+        right.plot(*residents_over_time(outcome), label=outcome.policy, linewidth=1)
     left.set(xlabel="time of a MoE layer, mean of a step [ms]", ylabel="share of steps", title=title)
-    left.grid(alpha=0.3)
-    left.legend(fontsize=8, loc="lower right")
-    static = next(outcome for outcome in outcomes if outcome.policy == "static")
-    forms = ("proxy", "resident", "provisioned")
-    for number, outcome in enumerate(outcomes):
-        ratios = [getattr(outcome, form) / getattr(static, form) for form in forms]
-        right.bar(np.arange(3) + number / (len(outcomes) + 1), ratios, 0.8 / len(outcomes), label=outcome.policy)
-    right.set(ylabel="cost beside static", xticks=np.arange(3) + 0.35, xticklabels=forms)
+    right.set(xlabel="time [s]", ylabel="experts in memory", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower right")
     _save(figure, file)
 
 
-def plot_sweep(
-    values: Sequence[float], lines: Mapping[str, Sequence[float]], labels: tuple[str, str], file: Path
-) -> None:
-    """One line for each policy or form. labels: of the axes."""
+def residents_over_time(outcome: Outcome) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Times, and the mean number of residents since the one before."""
+    begins, levels = outcome.trail.T
+    ends = np.append(begins[1:], outcome.ended)
+    sums = np.concatenate([[0.0], np.cumsum(levels * (ends - begins))])
+    grid = np.linspace(begins[0], ends[-1], POINTS + 1)
+    return grid[1:], np.diff(np.interp(grid, np.append(begins, ends[-1]), sums)) / np.diff(grid)
+
+
+def plot_sweeps(sweeps: Mapping[str, Mapping[float, Mapping[str, float]]], label: str, file: Path) -> None:
+    """One picture for each sweep: name -> value -> line -> number."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, numbers in lines.items():
-        axes.plot(values, numbers, marker="o", markersize=3, label=name)
-    axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure, several = pyplot.subplots(1, len(sweeps), figsize=(12, 3.6), layout="constrained", squeeze=False)
+    for axes, (name, rows) in zip(several[0], sweeps.items(), strict=True):
+        for line in next(iter(rows.values())):
+            axes.plot(list(rows), [row[line] for row in rows.values()], marker="o", markersize=3, label=line)
+        axes.set(xlabel=name, ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     _save(figure, file)
 
 
@@ -56,4 +65,4 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=90)
+    figure.savefig(file, dpi=80)

@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.elastic.cost import CostMeter
+from shared.replay.base import Settings, Spent
+from shared.replay.baselines import held_step, static_homes
 from shared.replay.inputs import Inputs
-from shared.replay.policies import Policy, Settings, held_step, make_policy, static_homes
+from shared.replay.policies import make_policy
 from shared.replay.timing import Form, costs
 from shared.replay.work import Clock, Work
 
@@ -34,6 +36,8 @@ class Outcome:
     cold: int
     ended: float
     """Seconds."""
+    trail: NDArray[np.float64]
+    """[intervals, 2]: when each step or pause begins, and its mean number of residents."""
 
     def as_dict(self) -> dict[str, float | str]:
         """Rounded, for JSON."""
@@ -66,36 +70,57 @@ def run_policy(
     name: str, work: Work, inputs: Inputs, settings: Settings, progress: Callable[[float], None] = lambda _: None
 ) -> Outcome:
     """Every step begins when its requests have come and the one before has ended. Raises as ``make_policy`` does."""
-    policy = make_policy(name, work, inputs, settings)
-    meter, size = CostMeter(inputs.misc_bytes), inputs.expert_bytes
-    meter.provide(inputs.instances * inputs.instance_bytes + inputs.misc_bytes, 0.0)
-    layers, now, resident, waited, late = work.layers(inputs), 0.0, 0.0, 0.0, 0
-    times = np.zeros(len(work.earliest))
-    for index, start in enumerate(work.earliest):
+    policy, layers, now = make_policy(name, work, inputs, settings), work.layers(inputs), 0.0
+    books, times = _Books(inputs), np.zeros(len(work.earliest))
+    for index, start in enumerate(work.earliest.tolist()):
         if start > now:
-            resident += _idle(policy, meter, now, float(start), size)
-            now = float(start)
+            books.hold(policy.idle(now, start), now, start)
+            now = start
         spent = policy.step(index, now)
-        meter.layers(spent.proxy * size, layers * inputs.misc_s)
-        meter.hold(spent.resident / (spent.end - now) * size, now)
-        resident += spent.resident
-        times[index] = spent.moe_s / layers
-        waited, late, now = waited + spent.waited_s, late + spent.late, spent.end
+        books.hold(spent.resident, now, spent.end)
+        books.step(spent, layers)
+        times[index], now = spent.moe_s / layers, spent.end
         if index % 256 == 0:
-            progress(index / len(work.earliest))
-    cost = meter.read(now)
-    tiles = np.bincount(np.arange(layers) % work.loads.shape[1], minlength=work.loads.shape[1])
-    calls = ((work.loads > 0).sum(axis=(0, 2)) * tiles).sum()
-    return Outcome(
-        name, times, waited, late / calls, resident / now, cost.proxy / 1e9, cost.resident / 1e9,
-        cost.provisioned / 1e9, *policy.starts, now,
-    )  # fmt: skip
+            progress(index / len(times))
+    return books.close(name, times, late_of=_calls(work, layers), starts=policy.starts, now=now)
 
 
-def _idle(policy: Policy, meter: CostMeter, begin: float, end: float, size: float) -> float:
-    resident = policy.idle(begin, end)
-    meter.hold(resident / (end - begin) * size, begin)
-    return resident
+class _Books:
+    """What adds up over a run."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs, self._meter = inputs, CostMeter(inputs.misc_bytes)
+        self._meter.provide(inputs.instances * inputs.instance_bytes + inputs.misc_bytes, 0.0)
+        self._trail: list[tuple[float, float]] = []
+        self._resident = self._waited = 0.0
+        self._late = 0
+
+    def hold(self, resident: float, begin: float, end: float) -> None:
+        """So many replica-seconds from ``begin`` to ``end``."""
+        self._resident += resident
+        self._trail.append((begin, resident / (end - begin)))
+        self._meter.hold(resident / (end - begin) * self._inputs.expert_bytes, begin)
+
+    def step(self, spent: Spent, layers: int) -> None:
+        self._meter.layers(spent.proxy * self._inputs.expert_bytes, layers * self._inputs.misc_s)
+        self._waited += spent.waited_s
+        self._late += spent.late
+
+    def close(
+        self, policy: str, times: NDArray[np.float64], late_of: float, starts: tuple[int, int], now: float
+    ) -> Outcome:
+        cost = self._meter.read(now)
+        return Outcome(
+            policy, times, self._waited, self._late / late_of, self._resident / now, cost.proxy / 1e9,
+            cost.resident / 1e9, cost.provisioned / 1e9, *starts, now, np.array(self._trail),
+        )  # fmt: skip
+
+
+def _calls(work: Work, layers: int) -> float:
+    """Distinct experts of all exchanges."""
+    recorded = work.loads.shape[1]
+    tiles = np.bincount(np.arange(layers) % recorded, minlength=recorded)
+    return float(((work.loads > 0).sum(axis=(0, 2)) * tiles).sum())
 
 
 def closed(outcome: Outcome, static: Outcome, oracle: Outcome) -> float:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from shared.errors import ConfigError
 from shared.replay.arrivals import read_arrivals
+from shared.replay.base import Settings
 from shared.replay.inputs import Inputs
-from shared.replay.policies import Settings, check_policies
+from shared.replay.policies import check_policies
 from shared.replay.routing import Passages, read_passages
 from shared.replay.run import Outcome, closed, run_policy, static_clock
 from shared.replay.work import Work, form_work

@@ -25,6 +25,8 @@ Costs = tuple[float, float, float, bool]
 NOBODY = -1
 MOST_MOVES = 32
 """Of rows, out of the busiest instance."""
+LEAST_MOVE, SWAP = 1e-4, 0.005
+"""Share of the busiest instance's time that a move must take off, and that two of them must take off more than one."""
 
 
 class Form(StrEnum):
@@ -68,69 +70,97 @@ def even_time(loads, held, waits, costs):
 
 
 @njit(cache=True, nogil=True)
-def divided_time(loads, usable, waits, costs):
-    """Rows are divided by ``divide``, or evenly where that is faster. usable int64 [instances, E], 0 or 1."""
-    rows, _ = divide(loads, usable, waits, costs)
-    return min(_time(rows, waits, costs), even_time(loads, usable, waits, costs))
+def divided_time(loads, usable, homes, waits, costs):
+    """Rows are divided by ``divide``, from homes on or from nothing, or evenly where that is faster.
+
+    usable int64 [instances, E], 0 or 1; homes bool [instances, E].
+    """
+    best = even_time(loads, usable, waits, costs)
+    rows, _ = divide(loads, usable, waits, costs, usable)
+    best = min(best, _time(rows, waits, costs))
+    rows, _ = divide(loads, usable, waits, costs, usable * homes)
+    return min(best, _time(rows, waits, costs))
 
 
 @njit(cache=True, nogil=True)
-def divide(loads, usable, waits, costs):
+def divide(loads, usable, waits, costs, first):
     """Who computes how many rows of each expert, int64 [instances, E], and how long each instance is busy.
 
-    Whole experts go to their least busy homes, the longest first, after those that have no choice. Then the busiest
-    instance hands over what helps, an expert or a part of its rows, until nothing does.
+    Whole experts go to their least busy instances, the longest first, after those that have no choice; ``first``
+    int64 [instances, E] says which instances are asked before others. Then the busiest
+    instance hands over what helps, an expert or a part of its rows or one for another, until nothing does.
     """
     rows, busy = np.zeros(usable.shape, np.int64), waits.copy()
-    homes = usable.sum(axis=0)
-    for e in np.argsort(-(loads + (homes == 1) * (1 << 40)), kind="mergesort"):
+    choices = usable.sum(axis=0)
+    for e in np.argsort(-(loads + (choices == 1) * (1 << 40)), kind="mergesort"):
         if loads[e] == 0:
             continue
+        among = first if first[:, e].any() else usable
         best = NOBODY
         for g in range(len(busy)):
-            if usable[g, e] and (best == NOBODY or busy[g] < busy[best]):
+            if among[g, e] and (best == NOBODY or busy[g] < busy[best]):
                 best = g
         rows[best, e] = loads[e]
         busy[best] += costs[1] + costs[0] * loads[e]
     for _ in range(MOST_MOVES):
         top = np.argmax(busy)
-        e, h, count, busiest = best_move(rows, busy, usable, costs)
-        if e == NOBODY or busiest > busy[top] * (1 - 1e-6):
+        e, h, count, f, busiest = best_move(rows, busy, usable, costs)
+        if e == NOBODY or busiest > busy[top] * (1 - LEAST_MOVE):
             break
-        hand_over(rows, busy, top, h, e, count, costs)
+        carry_out(rows, busy, top, h, e, count, f, costs)
     return rows, busy
 
 
 @njit(cache=True, nogil=True)
 def best_move(rows, busy, usable, costs):
-    """Which rows the busiest instance should hand to whom: (expert, instance, rows, the busier of both afterwards)."""
+    """What the busiest instance should hand to whom, against what: (expert, instance, rows, other expert, time).
+
+    An expert or a part of its rows, perhaps in exchange for all rows of another one, else NOBODY; and how long the
+    busier of both is busy afterwards.
+    """
+    row_s, replica_s = costs[0], costs[1]
     top = np.argmax(busy)
-    best_e, best_h, moved, least = NOBODY, NOBODY, 0, np.inf
+    best_e, best_h, moved, best_f, least = NOBODY, NOBODY, 0, NOBODY, busy[top]
     for e in range(rows.shape[1]):
-        if rows[top, e] == 0:
+        mine = rows[top, e]
+        if mine == 0:
             continue
         for h in range(len(busy)):
             if h == top or not usable[h, e]:
                 continue
-            extra = 0.0 if rows[h, e] else costs[1]
-            part = np.int64((busy[top] - busy[h] - extra) / (2 * costs[0]))
-            for count in (rows[top, e], part):
-                if not 0 < count <= rows[top, e]:
+            extra = 0.0 if rows[h, e] else replica_s
+            part = np.int64((busy[top] - busy[h] - extra) / (2 * row_s))
+            for count in (mine, part):
+                if 0 < count <= mine:
+                    here = busy[top] - row_s * count - (replica_s if count == mine else 0.0)
+                    busier = max(here, busy[h] + extra + row_s * count)
+                    if busier < least:
+                        best_e, best_h, moved, best_f, least = e, h, count, NOBODY, busier
+            for f in range(rows.shape[1]):
+                if rows[h, f] == 0 or f == e or not usable[top, f]:
                     continue
-                here = busy[top] - costs[0] * count - (costs[1] if count == rows[top, e] else 0.0)
-                busier = max(here, busy[h] + extra + costs[0] * count)
-                if busier < least:
-                    best_e, best_h, moved, least = e, h, count, busier
-    return best_e, best_h, moved, least
+                back = row_s * rows[h, f]
+                here = busy[top] - replica_s - row_s * mine + back + (0.0 if rows[top, f] else replica_s)
+                busier = max(here, busy[h] + extra + row_s * mine - replica_s - back)
+                if busier < least * (1 - SWAP):
+                    best_e, best_h, moved, best_f, least = e, h, mine, f, busier
+    return best_e, best_h, moved, best_f, least
 
 
 @njit(cache=True, nogil=True)
-def hand_over(rows, busy, top, h, e, count, costs):
-    """Carry a move out."""
+def carry_out(rows, busy, top, h, e, count, f, costs):
+    """The move that ``best_move`` has found."""
+    _hand_over(rows, busy, top, h, e, count, costs)
+    if f != NOBODY:
+        _hand_over(rows, busy, h, top, f, rows[h, f], costs)
+
+
+@njit(cache=True, nogil=True)
+def _hand_over(rows, busy, g, h, e, count, costs):
     busy[h] += costs[0] * count + (0.0 if rows[h, e] else costs[1])
     rows[h, e] += count
-    rows[top, e] -= count
-    busy[top] -= costs[0] * count + (0.0 if rows[top, e] else costs[1])
+    rows[g, e] -= count
+    busy[g] -= costs[0] * count + (0.0 if rows[g, e] else costs[1])
 
 
 @njit(cache=True, nogil=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from services.experts.elastic import Elastic
-from shared.elastic.residency import Eviction
+from shared.elastic.eviction import Eviction
 from shared.errors import ExchangeUnavailable
 from shared.predictors.base import Predictor
 from shared.transport.base import FrameKind

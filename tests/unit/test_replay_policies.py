@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from shared.cli.main import build_app
 from shared.errors import ConfigError, MoemeshError
+from shared.replay.base import Parts, Settings
 from shared.replay.inputs import BudgetTooSmall
-from shared.replay.policies import Moemesh, Parts, Settings, make_policy, trimmed
+from shared.replay.moemesh import Moemesh, trimmed
+from shared.replay.policies import make_policy
 from shared.replay.run import Outcome, run_policy
 from shared.replay.session import compare
 from shared.replay.timing import Form

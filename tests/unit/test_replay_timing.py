@@ -5,11 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.replay.timing import Form, balanced_time, costs, divided_time, even_time
+from shared.replay.timing import Costs, Form, balanced_time, costs, even_time
+from shared.replay.timing import divided_time as divided
 from tests.unit.replay_cases import inputs
 
 DEVICES, PAPERS = (1.0, 10.0, 0.25, False), (1.0, 0.0, 0.25, True)
 NO_WAIT = np.zeros(2)
+
+
+def divided_time(loads: np.ndarray, usable: np.ndarray, waits: np.ndarray, numbers: Costs) -> float:
+    """Everybody is at home where it is."""
+    return divided(loads, usable, usable > 0, waits, numbers)
 
 
 def test_the_forms_differ_in_what_they_add_up() -> None:
@@ -30,6 +36,14 @@ def test_an_expert_is_split_when_that_pays_and_moves_as_a_whole_when_not() -> No
     assert divided_time(np.array([3, 3]), both, NO_WAIT, DEVICES) == 10 + 3 + 2 * 0.25 * 3
     assert divided_time(np.array([100, 0]), both, NO_WAIT, DEVICES) == 10 + 50 + 2 * 0.25 * 50
     assert divided_time(np.array([4, 0]), both, NO_WAIT, DEVICES) == pytest.approx(10 + 2 + 2 * 0.25 * 2)
+
+
+def test_experts_change_places_where_no_single_move_helps() -> None:
+    loads, anywhere = np.array([10, 8, 6, 3, 3]), np.ones((2, 5), np.int64)
+    home = np.array([[True, True, False, False, False], [False, False, True, True, True]])
+    numbers = (1.0, 100.0, 0.0, False)
+    assert divided(loads, anywhere, home, NO_WAIT, numbers) == 300 + 6 + 3 + 3
+    assert divided(loads[:4], anywhere[:, :4], home[:, :4], NO_WAIT, numbers) == 200 + 14
 
 
 def test_the_wait_of_an_instance_comes_before_its_computation() -> None:

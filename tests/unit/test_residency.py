@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from shared.elastic.residency import Eviction, Residence, Residency
+from shared.elastic.eviction import Eviction
+from shared.elastic.residency import Residence, Residency
 
 LAYERS, EXPERTS = 3, 8
 

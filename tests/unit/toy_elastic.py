@@ -8,8 +8,9 @@ import torch
 
 from services.experts.elastic import Elastic
 from services.experts.starts import Starts
+from shared.elastic.eviction import Eviction
 from shared.elastic.keep_alive import Fixed
-from shared.elastic.residency import Eviction, Residency
+from shared.elastic.residency import Residency
 from shared.errors import ModelError
 from shared.kernels.weights import Weight
 from shared.models.slots import HostSlots
