@@ -14,11 +14,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from services.scheduler.homes import BadPlacement, Masks
 from services.scheduler.placement import TooFewSlots, budget, homes_per_expert, room
 from services.scheduler.proposals import Priority, Proposal, stage
 from services.scheduler.rebalance import Costs, Move, applied, better, given
-from services.scheduler.replacement import Floats
 from services.scheduler.window import Seen, Window
 from shared.changes import Outcome, Phase, PlacementRecord, Rebalance, RebalancePlan, Ticket
 from shared.config import SchedulerConfig
@@ -26,6 +24,8 @@ from shared.errors import BadMessage, Refused
 from shared.lifecycle import Instance
 from shared.membership import Member
 from shared.messages import Activated, ModelFacts, Placement
+from shared.placement.homes import BadPlacement, Masks
+from shared.placement.replacement import Floats
 from shared.placement_watch import homes_array
 
 MOST_OUTCOMES = 64

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from shared.errors import ConfigError
+from shared.pictures import open_pyplot as _pyplot
+from shared.pictures import save_figure as _save
 from shared.replay.run import Outcome
 
 
@@ -41,19 +41,3 @@ def plot_sweep(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     _save(figure, file)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("--plot", "needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=90)
