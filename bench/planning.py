@@ -1,12 +1,12 @@
-"""How long does a search take, is it exact, and what would it choose in the paper's setting, beside other systems' rules?
+"""How long does a search take, is it exact, and what does it choose in the paper's setting, beside other systems?
 
     python bench/planning.py [--repeats 5] [--random 200]
 
-Nothing here runs on a GPU: times are computed by shared/perf_model.py from published peaks (shared/planning/hardware.toml);
-shared/planning/inputs.toml holds the paper's setting and the rivals' rules. First the time of a search in 64 x 64 instances
-with tables ready, then its distance from the optimum of all candidates in random settings, then plans and tokens per second
-and device for given batches beside the rivals', with every coefficient halved and doubled, then where monoliths win. The
-last line is one JSON object.
+Nothing here runs on a GPU: times are computed by shared/perf_model.py from published peaks, which stand in
+shared/planning/hardware.toml; the paper's setting and the rivals' rules stand in bench/configs/paper.toml. First the
+time of a search in 64 x 64 instances with tables ready, then its distance from the optimum of all candidates in random
+settings, then plans and tokens per second and device for given batches beside the rivals', again with every coefficient
+halved and doubled, then regimes where monoliths win. The last line is one JSON object.
 """
 
 import argparse
@@ -21,33 +21,32 @@ import numpy as np
 from common import Bar, median, report
 
 from shared.planning.amax import Amax
-from shared.planning.assemble import Names, assemble
+from shared.planning.assemble import assemble
 from shared.planning.hardware import Hardware, load_hardware
 from shared.planning.plan import Plan
-from shared.planning.rivals import NAMES, OURS, Rules, Systems, systems_of
+from shared.planning.rivals import NAMES, OURS, PLAIN, Systems, systems_of
 from shared.planning.routing import Routing, synthetic
-from shared.planning.search import look_at_all, search, space_of
+from shared.planning.search import Space, look_at, look_at_all, search, space_of
 from shared.planning.setting import Demand, Setting, Slo
 from shared.planning.sizes import Sizes, read_sizes
+from shared.simulation.scenario import NOTES, load_scenario
 
-CONFIGS = Path(__file__).with_name("configs")
-INPUTS = Path(__file__).parents[1] / "shared" / "planning" / "inputs.toml"
+PAPER = Path(__file__).parent / "configs" / "paper.toml"
 FACTORS = (0.5, 2.0)
 
 
 class Paper:
-    """The paper's setting, as inputs.toml states it."""
+    """The paper's setting, and what it reports of it."""
 
-    def __init__(self, inputs: dict[str, Any]) -> None:
-        self.facts = inputs["paper"]
-        self.rules = Rules(**{name: tuple(v) if isinstance(v, list) else v for name, v in inputs["rules"].items()})
-        self.sizes: Sizes = read_sizes(CONFIGS / f"{self.facts['model']}.json")
-        self.routing: Routing = synthetic(self.sizes.experts, self.sizes.top_k, self.facts["zipf"], self.facts["used"])
-        device = self.facts["hardware"]
-        self.names = Names(device, device, self.facts["link"], self.facts["per_node"], self.facts["apart"])
-        self.slo = Slo(self.facts["slo_tpot_s"])
-        self.demand = Demand(1.0, self.facts["prompt"], self.facts["output"])
-        self.most: int = self.facts["most"]
+    def __init__(self, file: Path) -> None:
+        self.scenario = load_scenario(file)
+        self.reported: dict[str, Any] = tomllib.loads(file.read_text())[NOTES]
+        mesh, traffic = self.scenario.mesh, self.scenario.traffic
+        self.sizes: Sizes = read_sizes(self.scenario.folder / mesh.model)
+        self.routing: Routing = synthetic(self.sizes.experts, self.sizes.top_k, mesh.zipf, mesh.used)
+        self.names, self.most, self.rules = mesh.names, mesh.most, self.scenario.rules
+        self.slo = Slo(traffic.slo_tpot_s)
+        self.demand = Demand(1.0, traffic.prompt, traffic.output)
 
     def setting(self, hardware: Hardware, tables: Amax | None = None) -> Setting:
         return assemble(hardware, self.sizes, self.names, self.routing, most=self.most, tables=tables)
@@ -94,8 +93,8 @@ def distances(setting: Setting, count: int) -> list[float]:
 def compare(systems: Systems, paper: Paper) -> dict[int, dict[str, Plan | None]]:
     """Every system's plan for every batch."""
     return {
-        batch: {name: systems.choose(name, paper.demand, paper.slo, batch) for name in NAMES}
-        for batch in paper.facts["batches"]
+        batch: {name: systems.choose(name, paper.demand, paper.slo, batch) for name in (PLAIN, *NAMES)}
+        for batch in paper.reported["batches"]
     }
 
 
@@ -115,11 +114,11 @@ def show(title: str, found: dict[int, dict[str, Plan | None]]) -> None:
         beside = ratios(plans)
         for name, plan in plans.items():
             if plan is None:
-                print(f"{title:>24} {batch:>4} {name:>18}  none keeps the limit", flush=True)
+                print(f"{title:>24} {batch:>4} {name:>20}  none keeps the limit", flush=True)
                 continue
             ratio = f"{beside[name]:.2f}x" if beside.get(name) else ""
             print(
-                f"{title:>24} {batch:>4} {name:>18}  {plan.name:<26} {plan.devices:>3} devices  "
+                f"{title:>24} {batch:>4} {name:>20}  {plan.name:<26} {plan.devices:>3} devices  "
                 f"{plan.tpot_s * 1e3:6.1f} ms  {plan.tokens_per_s_device:7.1f} tokens/s/device  a_max {plan.a_max:5.2f}"
                 f"  {ratio}",
                 flush=True,
@@ -132,12 +131,12 @@ def scaled(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
         for group in ("shares", "overheads"):
             for name, value in vars(getattr(hardware, group)).items():
                 if name != "memory":
-                    changed = replace(getattr(hardware, group), **{name: value * factor})
-                    yield f"{name} x {factor:g}", replace(hardware, **{group: changed})
+                    other = replace(getattr(hardware, group), **{name: value * factor})
+                    yield f"{name} x {factor:g}", replace(hardware, **{group: other})
 
 
 def regimes(paper: Paper, hardware: Hardware) -> dict[str, Any]:
-    """What the planner recommends where disaggregation may lose: a model that one device holds, few requests, slow links."""
+    """What is recommended where disaggregation may lose: a model that one device holds and few requests; slow links."""
     result: dict[str, Any] = {}
     small = replace(paper.sizes, name="a tenth of its experts", experts=16)
     for title, sizes, device, link, rate in (
@@ -158,7 +157,7 @@ def regimes(paper: Paper, hardware: Hardware) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
-    paper, hardware = Paper(tomllib.loads(INPUTS.read_text())), load_hardware()
+    paper, hardware = Paper(PAPER), load_hardware()
     start = time.perf_counter()
     setting = paper.setting(hardware)
     systems = systems_of(setting, paper.routing, paper.rules, paper.most)
@@ -174,6 +173,7 @@ def main() -> None:
         batch: {"plans": {n: p and p.as_dict() for n, p in plans.items()}, "ratios": ratios(plans)}
         for batch, plans in found.items()
     }
+    result["their_overhead"] = with_their_overhead(paper, hardware, systems)
     result["sensitivity"] = sensitivity(paper, hardware, systems)
     result["regimes"] = regimes(paper, hardware)
     slowest = max(result["search"]["found"], result["search"]["infeasible"])
@@ -189,17 +189,47 @@ def main() -> None:
     )
 
 
+def with_their_overhead(paper: Paper, hardware: Hardware, systems: Systems) -> dict[str, Any]:
+    """The same with so much more time per layer that the first of their meshes takes what Little's law makes of their
+    figures; and what that foretells of the others."""
+    theirs = {name: batch / rate for name, batch, rate in paper.reported["meshes"]}
+    first, *others = paper.reported["meshes"]
+    more = (theirs[first[0]] - whole_step(systems, paper, first[0], first[1])) / len(paper.sizes.moe_layers)
+    overheads = replace(hardware.overheads, experts_s=hardware.overheads.experts_s + more)
+    again = changed(systems, paper, replace(hardware, overheads=overheads))
+    foretold = {name: (whole_step(again, paper, name, batch), theirs[name]) for name, batch, _ in others}
+    print(f"their overhead: {more * 1e3:.2f} ms per layer; foretold and reported seconds {foretold}", flush=True)
+    found = compare(again, paper)
+    show("with their overhead", found)
+    return {
+        "layer_s": more,
+        "foretold_s": foretold,
+        "plans": {batch: {n: p and p.name for n, p in plans.items()} for batch, plans in found.items()},
+        "ratios": {batch: ratios(plans) for batch, plans in found.items()},
+    }
+
+
+def whole_step(systems: Systems, paper: Paper, name: str, batch: float) -> float:
+    """Seconds per token of a mesh as the paper's: in whole steps, gates on the expert side. ``name``: like 1A6E."""
+    attention, experts = (np.array([int(part)]) for part in name.removesuffix("E").split("A"))
+    space = Space(attention, experts, np.array([1]))
+    return float(look_at(systems.settings[PLAIN], space, paper.demand, paper.slo, batch).tpot[0])
+
+
+def changed(systems: Systems, paper: Paper, hardware: Hardware) -> Systems:
+    """All systems on other hardware; tables stay."""
+    again = paper.setting(hardware, systems.settings[OURS].tables)
+    settings = {n: replace(given, costs=again.costs, fabric=again.fabric) for n, given in systems.settings.items()}
+    return replace(systems, settings=settings)
+
+
 def sensitivity(paper: Paper, hardware: Hardware, systems: Systems) -> dict[str, dict[int, dict[str, float | None]]]:
     """Ratios with each coefficient halved and doubled, the same for every system."""
     result = {}
-    for title, changed in scaled(hardware):
-        again = paper.setting(changed, systems.settings[OURS].tables)
-        settings = {
-            name: replace(given, costs=again.costs, fabric=again.fabric) for name, given in systems.settings.items()
-        }
-        found = compare(replace(systems, settings=settings), paper)
+    for title, other in scaled(hardware):
+        found = compare(changed(systems, paper, other), paper)
         result[title] = {batch: ratios(plans) for batch, plans in found.items()}
-        ours = ", ".join(f"{plans[OURS].name}" for plans in found.values() if plans[OURS])
+        ours = ", ".join(plan.name for plans in found.values() if (plan := plans[OURS]))
         cells = "  ".join(
             "/".join(f"{ratio:.2f}" if ratio else "-" for ratio in row.values()) for row in result[title].values()
         )

@@ -1,20 +1,17 @@
 """``moemesh plan``: how many instances of either pool keep a service level, on devices that need not be at hand."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from shared.cli.progress import progress
 from shared.errors import MoemeshError
 
 if TYPE_CHECKING:
-    from shared.planning.assemble import Show
     from shared.planning.session import Answer, Question
 
 
@@ -72,25 +69,11 @@ def plan(
 def _ask(question: "Question", top: int) -> "Answer":
     from shared.planning.session import answer
 
-    with _progress() as show:
+    with progress() as show:
         try:
             return answer(question, show, top)
         except OSError as error:
             raise MoemeshError(f"{error.filename}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _progress() -> "Iterator[Show]":
-    """A bar on stderr for everything that takes time."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, share: float) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=1.0)
-            bar.update(tasks[what], completed=share)
-
-        yield show
 
 
 def _facts(question: "Question", given: "Answer") -> dict[str, Any]:

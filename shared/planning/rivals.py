@@ -1,8 +1,8 @@
 """How other systems would size themselves, by the rules that papers state: yardsticks for a search. Pure.
 
 All rules see the same costs, links and demand as we do; they differ in what they may choose, in how they choose
-replicas, and in their exchange. Their parameters stand in inputs.toml. The rules, as JANUS (arXiv 2512.13525, section
-5.1) describes its baselines:
+replicas, and in their exchange. Their parameters stand in a scenario (bench/configs/paper.toml). The rules, as JANUS
+(arXiv 2512.13525, section 5.1) describes its baselines:
 
 * monolithic tiers (SGLang): the whole model on 8, 16, 32 or 64 devices, each expert once;
 * balanced (MegaScale-Infer, arXiv 2504.02263): only meshes whose attention takes about as long as their experts, a
@@ -20,12 +20,14 @@ from shared.planning.exchange import ALL_TO_ALL
 from shared.planning.outlook import PARTS, Outlook
 from shared.planning.plan import Plan
 from shared.planning.routing import Routing
-from shared.planning.search import Space, look_at, plan_at, search, space_of
+from shared.planning.search import MICRO_BATCHES, Space, look_at, plan_at, search, space_of
 from shared.planning.setting import Demand, Setting, Slo
 from shared.scheduling.policies import Policy
 
 OURS, TIERS, BALANCED, COARSE = "janus", "monolithic-tiers", "balanced", "coarse"
 NAMES = (OURS, TIERS, BALANCED, COARSE)
+PLAIN = "janus, as published"
+"""Ours without what the paper does not have: in whole steps, and with gates on the expert side only."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ class Systems:
         ``batch``: sequences in decode, given instead of a rate; then the most tokens per second and device.
         """
         setting = self.settings[name]
-        if name == OURS:
-            return search(setting, space_of(setting, self.most, monoliths=False), demand, slo, batch, top=1).best
+        if name in (OURS, PLAIN):
+            micro_batches = MICRO_BATCHES if name == OURS else (1,)
+            space = space_of(setting, self.most, micro_batches, monoliths=False)
+            return search(setting, space, demand, slo, batch, top=1).best
         space = self._space(name, setting)
         outlook = look_at(setting, space, demand, slo, batch)
         allowed = _balanced(space, outlook) if name == BALANCED else np.ones(len(space.attention), np.bool_)
@@ -80,7 +84,14 @@ def systems_of(
         tables = monte_carlo(routing, setting.room.slots, most, policy, show=lambda share: show(f"{policy}", share))
         return replace(setting, tables=tables, ways=ALL_TO_ALL)
 
-    settings = {OURS: setting, TIERS: setting, BALANCED: other(Policy.RANDOM), COARSE: other(Policy.TOKENS)}
+    plain = replace(setting, ways=tuple(way for way in setting.ways if way.gate == "experts"))
+    settings = {
+        OURS: setting,
+        PLAIN: plain,
+        TIERS: setting,
+        BALANCED: other(Policy.RANDOM),
+        COARSE: other(Policy.TOKENS),
+    }
     return Systems(settings, rules, most)
 
 
