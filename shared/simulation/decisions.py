@@ -67,7 +67,8 @@ def decide(choose: Callable[[float], Plan | None], rates: Floats, window_s: floa
     begin = np.arange(len(rates)) * window_s
     grows = changed & (devices >= previous)
     both = np.where(changed, np.maximum(devices, previous), devices)
-    return Schedule(plans, used, begin + np.where(grows, start_s, 0.0), start_s * both + (window_s - start_s) * devices)
+    starts = np.where(grows, begin + start_s, begin).astype(np.float64)
+    return Schedule(plans, used, starts, start_s * both + (window_s - start_s) * devices)
 
 
 def _plan_for(choose: Callable[[float], Plan | None], rate: float, known: dict[float, Plan]) -> Plan:
@@ -108,10 +109,9 @@ def times_of(setting: Setting, plan: Plan, demand: Demand) -> Floats:
 def room_of(setting: Setting, plan: Plan, demand: Demand) -> Floats:
     """[2]: most sequences that the caches hold, and most rows of prompts in a step."""
     sizes, instances = setting.sizes, plan.attention if plan.kind == "mesh" else plan.devices
-    none, one = (
-        attention_bytes(sizes, np.array([n]), demand.context, np.array([n + demand.chunk])) for n in (0.0, 1.0)
-    )
-    spare = setting.room.attention_bytes - none[0]
+    sequences = np.array([0.0, 1.0])
+    none, one = attention_bytes(sizes, sequences, demand.context, sequences + demand.chunk)
+    spare = float(setting.room.attention_bytes - none)
     if plan.kind == "monolith":
         spare -= len(sizes.moe_layers) * sizes.expert_bytes * -(-sizes.experts // plan.experts)
-    return np.array([max(1.0, spare // (one - none)) * instances, demand.chunk * instances])
+    return np.array([max(1.0, spare // float(one - none)) * instances, demand.chunk * instances])
