@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from shared.cli.progress import progress
 from shared.errors import MoemeshError
@@ -114,7 +114,11 @@ def _print(question: "Question", given: "Answer") -> None:
     for line in chosen(best, setting):
         out.print(line, soft_wrap=True)
     out.print(f"why not less: {binding(found)}", soft_wrap=True)
-    table = Table("plan", *("devices", "price", "batch", "ms/token", "first ms", "tokens/s/device", "a_max"), box=None)
+    table = Table(
+        Column("plan", no_wrap=True),
+        *("devices", "price", "batch", "ms/token", "first ms", "tokens/s/device", "a_max"),
+        box=None,
+    )
     for row in found.ranking:
         cells = [f"{row.devices}", f"{row.price:g}", f"{row.batch:.0f}", f"{row.tpot_s * 1e3:.1f}"]
         cells += [f"{row.ttft_s * 1e3:.0f}", f"{row.tokens_per_s_device:.1f}", f"{row.a_max:.1f}"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from shared.cli.progress import progress
 from shared.errors import ConfigError, MoemeshError
@@ -65,7 +65,7 @@ def _print(day: "Day", outcomes: "list[Simulated]") -> None:
     out.print(f"{day.scenario.about}; simulated", soft_wrap=True)
     out.print(f"{len(day.requests.times)} requests, {day.peak:.1f} per second at the peak", soft_wrap=True)
     columns = ("device-hours", "devices", "changes", "in time", "p99 ms/token", "p99 first s", "tokens/s/device")
-    table = Table("system", *columns, box=None, header_style="bold")
+    table = Table(Column("system", no_wrap=True), *columns, box=None, header_style="bold")
     for row in outcomes:
         cells = [f"{row.gpu_hours:.0f}", f"{row.least} to {row.most}", f"{row.changes}", f"{row.attainment:.2%}"]
         cells += [f"{row.tpot_p99_s * 1e3:.1f}", f"{row.ttft_p99_s:.2f}", f"{row.goodput_device:.1f}"]

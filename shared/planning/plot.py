@@ -23,23 +23,25 @@ def plot_plans(space: Space, outlook: Outlook, found: Found, slo: Slo, title: st
     left.set(
         xlabel="expert instances", ylabel="attention instances", title=f"{title}: ms per token; white: limits kept"
     )
+    left.set(xlim=(0, tpot.shape[1] - 0.5), ylim=(0, tpot.shape[0] - 0.5))
     left.legend(fontsize=8)
     figure.colorbar(image, ax=left)
-    names, bottom = [plan.name for plan in found.ranking], np.zeros(len(found.ranking))
+    places, bottom = np.arange(len(found.ranking)), np.zeros(len(found.ranking))
     for part in PARTS:
         heights = np.array([plan.parts[part] * 1e3 for plan in found.ranking])
-        right.bar(names, heights, bottom=bottom, label=part)
+        right.bar(places, heights, bottom=bottom, label=part)
         bottom += heights
-    right.plot(names, [plan.tpot_s * 1e3 for plan in found.ranking], "k_", markersize=20, label="step")
+    right.plot(places, [plan.tpot_s * 1e3 for plan in found.ranking], "k_", markersize=20, label="step")
     right.set(ylabel="ms of a step; hidden parts in full", title="the best plans")
-    right.tick_params(axis="x", rotation=30)
+    right.set_xticks(places, [plan.name.replace(", ", "\n") for plan in found.ranking], fontsize=8)
     right.legend(fontsize=8)
     save_figure(figure, file)
 
 
 def _grid(space: Space, outlook: Outlook) -> tuple[np.ndarray, np.ndarray]:
     """TPOT and whether limits are kept, [attention, experts] from 0 on; NaN where there is no candidate."""
-    shape = (int(space.attention.max()) + 1, int(space.experts.max()) + 1)
+    meshes = space.at(np.flatnonzero(space.micro_batches > 0))
+    shape = (int(meshes.attention.max()) + 1, int(meshes.experts.max()) + 1)
     tpot, kept = np.full(shape, np.nan), np.zeros(shape)
     for i in np.flatnonzero(space.micro_batches > 0):
         at = space.attention[i], space.experts[i]

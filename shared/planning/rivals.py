@@ -39,6 +39,8 @@ class Rules:
     attention_unit: int = 4
     """Instances are added by so many (coarse)."""
     expert_unit: int = 4
+    slack: float = 0.05
+    """By so much more than the evenest (logarithm of the ratio) attention and experts may differ (balanced)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Systems:
             return search(setting, space, demand, slo, batch, top=1).best
         space = self._space(name, setting)
         outlook = look_at(setting, space, demand, slo, batch)
-        allowed = _balanced(space, outlook) if name == BALANCED else np.ones(len(space.attention), np.bool_)
+        allowed = (
+            _balanced(space, outlook, self.rules.slack) if name == BALANCED else np.ones(len(space.attention), np.bool_)
+        )
         return _cheapest(setting, space, outlook, allowed & outlook.feasible)
 
     def _space(self, name: str, setting: Setting) -> Space:
@@ -95,14 +99,15 @@ def systems_of(
     return Systems(settings, rules, most)
 
 
-def _balanced(space: Space, outlook: Outlook) -> np.ndarray:
-    """For each number of expert instances the attention instances whose time is nearest to the experts', bool [n]."""
+def _balanced(space: Space, outlook: Outlook, slack: float) -> np.ndarray:
+    """For each number of expert instances the fewest attention instances that are about as even as any, bool [n]."""
     attention = outlook.parts[PARTS.index("attention")] + outlook.parts[PARTS.index("shared")]
     off = np.abs(np.log(attention / outlook.parts[PARTS.index("experts")]))
     kept = np.zeros(len(off), np.bool_)
     for experts in np.unique(space.experts):
         mine = np.flatnonzero(space.experts == experts)
-        kept[mine[np.argmin(off[mine])]] = True
+        even = mine[off[mine] <= off[mine].min() + slack]
+        kept[even[np.argmin(space.attention[even])]] = True
     return kept
 
 

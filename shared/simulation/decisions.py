@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import MoemeshError
 from shared.perf_model import Load
 from shared.planning.memory import attention_bytes
 from shared.planning.outlook import MOST_BATCH
@@ -16,10 +17,19 @@ from shared.planning.setting import Demand, Mesh, Monolith, Setting, Slo, mesh_s
 Floats = NDArray[np.float64]
 BATCHES = np.concatenate([[1.0, 2.0, 4.0, 8.0], np.geomspace(16, MOST_BATCH, 49)])
 CHUNKS = np.array([0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0])
-STEP = 0.02
+STEP = 0.04
 """Rates within so much of each other are planned for as one."""
+LEAST_RATE = 1e-3
+"""Requests per second."""
 LESS = 0.9
 """Where a rate cannot be served within the limits, so much of it is tried next."""
+
+
+class Unservable(MoemeshError):
+    """A system has no plan, whatever the rate."""
+
+    def __init__(self) -> None:
+        super().__init__("no plan serves any rate within the limits: allow more time per token, or more instances")
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,14 @@ def _plan_for(choose: Callable[[float], Plan | None], rate: float, known: dict[f
         if plan:
             known[asked] = plan
         rate *= LESS
-        if rate < 1e-9:
-            raise ValueError("no plan serves any rate within the limits")
+        if rate < LEAST_RATE:
+            raise Unservable
     return known[asked]
 
 
 def _rounded(rate: float) -> float:
     """Up to the next step of a grid."""
-    return float((1 + STEP) ** np.ceil(np.log(max(rate, 1e-3)) / np.log(1 + STEP)))
+    return float((1 + STEP) ** np.ceil(np.log(max(rate, LEAST_RATE)) / np.log(1 + STEP)))
 
 
 def chooser(systems: Systems, name: str, demand: Demand, slo: Slo) -> Callable[[float], Plan | None]:

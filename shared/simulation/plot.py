@@ -16,10 +16,11 @@ def plot_day(day: Day, outcomes: Sequence[Simulated], file: Path) -> None:
     window_s = day.scenario.scaling.window_s
     hours = np.arange(day.windows) * window_s / 3600
     above.plot(hours, day.requests.rates(window_s, day.windows))
-    above.set(ylabel="requests/s", title=f"{day.scenario.about} (simulated)")
+    above.set(ylabel="requests/s")
     for outcome in outcomes:
         label = f"{outcome.system}: {outcome.gpu_hours:.0f} device-hours, {outcome.attainment:.1%} in time"
         below.step(hours, outcome.devices, where="post", label=label)
+    above.set_title(f"{day.scenario.about} (simulated)", fontsize=9)
     below.set(xlabel="hour", ylabel="devices", ylim=(0, None))
     below.grid(alpha=0.3)
     below.legend(fontsize=8)

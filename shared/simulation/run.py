@@ -12,7 +12,18 @@ from shared.planning.rivals import TIERS, Systems, systems_of
 from shared.planning.routing import synthetic
 from shared.planning.setting import Demand, Slo
 from shared.planning.sizes import read_sizes
-from shared.simulation.decisions import BATCHES, CHUNKS, Schedule, chooser, decide, forecast, room_of, times_of
+from shared.simulation.decisions import (
+    BATCHES,
+    CHUNKS,
+    LEAST_RATE,
+    Schedule,
+    Unservable,
+    chooser,
+    decide,
+    forecast,
+    room_of,
+    times_of,
+)
 from shared.simulation.kernel import serve
 from shared.simulation.scenario import Scenario
 from shared.simulation.traffic import Requests, day, recorded
@@ -86,7 +97,9 @@ def prepare(scenario: Scenario, hardware: Hardware, show: Show = lambda *_: None
 def largest(systems: Systems, demand: Demand, slo: Slo) -> float:
     """Requests per second that the largest tier serves within the limits, to a percent."""
     choose = chooser(systems, TIERS, demand, slo)
-    low, high = 0.0, 1.0
+    if choose(LEAST_RATE) is None:
+        raise Unservable
+    low, high = LEAST_RATE, 1.0
     while choose(high):
         low, high = high, 2 * high
     while high - low > 0.01 * high:
@@ -95,11 +108,17 @@ def largest(systems: Systems, demand: Demand, slo: Slo) -> float:
     return low
 
 
+def scheduled(day: Day, system: str) -> Schedule:
+    """What one system decides, window by window."""
+    scaling = day.scenario.scaling
+    rates = forecast(day.requests.rates(scaling.window_s, day.windows), scaling.headroom)
+    return decide(chooser(day.systems, system, day.demand, day.slo), rates, scaling.window_s, scaling.start_s)
+
+
 def simulate(day: Day, system: str) -> Simulated:
     """A whole day of one system."""
     scaling, requests = day.scenario.scaling, day.requests
-    rates = forecast(requests.rates(scaling.window_s, day.windows), scaling.headroom)
-    schedule = decide(chooser(day.systems, system, day.demand, day.slo), rates, scaling.window_s, scaling.start_s)
+    schedule = scheduled(day, system)
     setting = day.systems.settings[system]
     tables = np.stack([times_of(setting, plan, day.demand) for plan in schedule.plans])
     rooms = np.stack([room_of(setting, plan, day.demand) for plan in schedule.plans])
