@@ -39,6 +39,8 @@ class Rules:
     attention_unit: int = 4
     """Instances are added by so many (coarse)."""
     expert_unit: int = 4
+    micro_batches: int = 1
+    """Of their meshes: MegaScale-Infer itself has at least two, JANUS does not say that its own form of it has."""
     slack: float = 0.05
     """By so much more than the evenest (logarithm of the ratio) attention and experts may differ (balanced)."""
 
@@ -72,7 +74,7 @@ class Systems:
         if name == TIERS:
             tiers = np.array([tier for tier in self.rules.tiers if tier <= setting.units.most], np.int64)
             return Space(np.ones_like(tiers), tiers, np.zeros_like(tiers))
-        space = space_of(setting, self.most, (1,), monoliths=False)
+        space = space_of(setting, self.most, (self.rules.micro_batches,), monoliths=False)
         if name == BALANCED:
             return space
         units = (space.attention % self.rules.attention_unit == 0) & (space.experts % self.rules.expert_unit == 0)

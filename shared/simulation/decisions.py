@@ -81,15 +81,15 @@ def decide(choose: Callable[[float], Plan | None], rates: Floats, window_s: floa
     return Schedule(plans, used, starts, start_s * both + (window_s - start_s) * devices)
 
 
-def _plan_for(choose: Callable[[float], Plan | None], rate: float, known: dict[float, Plan]) -> Plan:
-    asked = rate
+def _plan_for(choose: Callable[[float], Plan | None], asked: float, known: dict[float, Plan]) -> Plan:
+    rate = asked
     while asked not in known:
         plan = choose(rate)
         if plan:
             known[asked] = plan
-        rate *= LESS
-        if rate < LEAST_RATE:
+        elif rate < LEAST_RATE:
             raise Unservable
+        rate *= LESS
     return known[asked]
 
 
