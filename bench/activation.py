@@ -25,10 +25,10 @@ from synthetic import Exchanges, Shape, exchanges, mean_a_max, observe, tokens_p
 from traced import record_demo
 
 from services.attention.tap import RoutingTap
-from services.scheduler.homes import Masks, to_masks
-from services.scheduler.replacement import fresh
 from shared.activation import schedule_activations
 from shared.elastic.eplb import homes_of_replicas, rebalance_experts
+from shared.placement.homes import Masks, to_masks
+from shared.placement.replacement import fresh
 from shared.scheduling.optimum import least_a_max
 from shared.scheduling.policies import Policy
 from shared.traces.load import load_trace

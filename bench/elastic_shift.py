@@ -25,11 +25,11 @@ from elastic import MOST_WAITS, options
 from elastic_traffic import Counts, converse, counts, text_ids
 from numpy.typing import NDArray
 
-from services.scheduler.homes import to_residents
 from services.scheduler.scaling import Room, busiest, layer_homes
 from shared.cli.mesh import LocalMesh
 from shared.cli.status import look
 from shared.messages import Placement
+from shared.placement.homes import to_residents
 from shared.placement_watch import homes_array
 from shared.traces.load import load_trace
 from shared.traces.recorder import Limits, record

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.homes import Masks
 from shared.activation import schedule_activations
+from shared.placement.homes import Masks
 from shared.scheduling.policies import Policy
 
 Exchanges = list[NDArray[np.int32]]

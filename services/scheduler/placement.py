@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.scheduler.homes import Masks, Residents, to_masks, to_residents
-from services.scheduler.replacement import Floats, replace
 from shared.errors import MoemeshError
 from shared.membership import Member
 from shared.messages import MAX_EXPERT_INSTANCES, ModelFacts, Placement
+from shared.placement.homes import Masks, Residents, to_masks, to_residents
+from shared.placement.replacement import Floats, replace
 from shared.placement_watch import homes_array
 
 

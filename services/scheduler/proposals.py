@@ -9,7 +9,6 @@ from enum import IntEnum
 
 import numpy as np
 
-from services.scheduler.homes import Masks, to_residents
 from services.scheduler.placement import (
     budget,
     carried,
@@ -20,9 +19,10 @@ from services.scheduler.placement import (
     room,
     round_robin,
 )
-from services.scheduler.replacement import Floats
 from shared.membership import Member
 from shared.messages import Kind, ModelFacts, Placement, State
+from shared.placement.homes import Masks, to_residents
+from shared.placement.replacement import Floats
 from shared.placement_watch import homes_array
 from shared.scheduling.policies import Policy
 

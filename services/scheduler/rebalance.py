@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.homes import BadPlacement, Masks, homes_of_slots, moved_replicas, to_masks, to_residents
-from services.scheduler.replacement import replace
 from services.scheduler.window import Seen
 from shared.activation import schedule_activations
 from shared.changes import LayerPlan
 from shared.membership import Member
 from shared.messages import Placement
+from shared.placement.homes import BadPlacement, Masks, homes_of_slots, moved_replicas, to_masks, to_residents
+from shared.placement.replacement import replace
 from shared.placement_watch import homes_array
 
 HORIZON_S = 900.0

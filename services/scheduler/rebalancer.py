@@ -14,11 +14,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from services.scheduler.homes import BadPlacement, Masks
 from services.scheduler.placement import TooFewSlots, budget, homes_per_expert, room
 from services.scheduler.proposals import Priority, Proposal, stage
 from services.scheduler.rebalance import Costs, Move, applied, better, given
-from services.scheduler.replacement import Floats
 from services.scheduler.scaler import Scaler
 from services.scheduler.scaling import elastic
 from services.scheduler.window import Seen, Window
@@ -29,6 +27,8 @@ from shared.lifecycle import Instance
 from shared.load_messages import Activated
 from shared.membership import Member
 from shared.messages import ModelFacts, Placement
+from shared.placement.homes import BadPlacement, Masks
+from shared.placement.replacement import Floats
 from shared.placement_watch import homes_array
 
 MOST_OUTCOMES = 64

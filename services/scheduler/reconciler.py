@@ -10,12 +10,10 @@ import time
 from typing import Any, Literal, Self, get_args
 
 from services.scheduler.change import NOTHING, advance, begin
-from services.scheduler.homes import BadPlacement, check_homes
 from services.scheduler.leader import Leader
 from services.scheduler.placement import TooFewSlots
 from services.scheduler.proposals import Proposal, first, membership
 from services.scheduler.rebalancer import Rebalancer
-from services.scheduler.replacement import Floats
 from shared.changes import Phase, PlacementRecord
 from shared.config import SchedulerConfig
 from shared.errors import BadMessage, BusUnavailable
@@ -23,6 +21,8 @@ from shared.lifecycle import Instance
 from shared.membership import HEARTBEAT_S, Member
 from shared.messages import Kind, Placement, Subjects
 from shared.metrics import Sample, sample
+from shared.placement.homes import BadPlacement, check_homes
+from shared.placement.replacement import Floats
 from shared.placement_watch import read_record
 from shared.store import Store
 

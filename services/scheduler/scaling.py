@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.homes import Residents, moved_replicas, to_masks, to_residents
 from services.scheduler.rebalance import Costs, Move
 from shared.elastic import placing, scaling
 from shared.membership import Member
 from shared.messages import Placement
+from shared.placement.homes import Residents, moved_replicas, to_masks, to_residents
 from shared.placement_watch import homes_array
 
 Loads = NDArray[np.float64]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.replacement import Floats
 from shared.errors import BadMessage
 from shared.load_messages import Activated
+from shared.placement.replacement import Floats
 
 MOST_EXCHANGES = 512
 """Of one layer."""

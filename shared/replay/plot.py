@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ConfigError
+from shared.pictures import open_pyplot, save_figure
 from shared.replay.run import Outcome
 
 POINTS = 240
@@ -16,7 +15,7 @@ POINTS = 240
 
 def plot_outcomes(outcomes: Sequence[Outcome], title: str, file: Path) -> None:
     """Times of a MoE layer as distributions, and how many experts are resident as time goes on."""
-    pyplot = _pyplot()
+    pyplot = open_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
     for outcome in outcomes:
         times = np.quantile(outcome.times, np.linspace(0, 1, POINTS)) * 1e3
@@ -27,7 +26,7 @@ def plot_outcomes(outcomes: Sequence[Outcome], title: str, file: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def residents_over_time(outcome: Outcome) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -41,7 +40,7 @@ def residents_over_time(outcome: Outcome) -> tuple[NDArray[np.float64], NDArray[
 
 def plot_sweeps(sweeps: Mapping[str, Mapping[float, Mapping[str, float]]], label: str, file: Path) -> None:
     """One picture for each sweep: name -> value -> line -> number."""
-    pyplot = _pyplot()
+    pyplot = open_pyplot()
     figure, several = pyplot.subplots(1, len(sweeps), figsize=(12, 3.6), layout="constrained", squeeze=False)
     for axes, (name, rows) in zip(several[0], sweeps.items(), strict=True):
         for line in next(iter(rows.values())):
@@ -49,20 +48,4 @@ def plot_sweeps(sweeps: Mapping[str, Mapping[float, Mapping[str, float]]], label
         axes.set(xlabel=name, ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    _save(figure, file)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("--plot", "needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=80)
+    save_figure(figure, file)

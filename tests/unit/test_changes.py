@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.change import NOTHING, abort, advance, begin
-from services.scheduler.homes import check_homes, to_masks, to_residents
 from services.scheduler.placement import TooFewSlots, budget, rehouse
 from services.scheduler.proposals import Priority, first, membership, most_replicas, stage
 from shared.changes import Phase, PlacementRecord
 from shared.membership import Member
 from shared.messages import AttentionFacts, ExpertFacts, Heartbeat, Kind, ModelFacts, Placement, State
+from shared.placement.homes import check_homes, to_masks, to_residents
 from shared.placement_watch import homes_array, waits_for
 from shared.scheduling.policies import Policy
 

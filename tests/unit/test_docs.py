@@ -6,8 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = (
     "services/gateway", "services/attention", "services/experts", "services/scheduler", "shared", "shared/transport",
-    "shared/models", "shared/models/families", "shared/kernels", "shared/scheduling", "shared/elastic",
-    "shared/predictors", "shared/replay", "shared/traces", "shared/cli", "bench",
+    "shared/models", "shared/models/families", "shared/kernels", "shared/scheduling", "shared/placement",
+    "shared/planning", "shared/elastic", "shared/predictors", "shared/replay", "shared/simulation", "shared/traces",
+    "shared/cli", "bench",
 )  # fmt: skip
 
 

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from services.experts.foresight import LoadSums
 from services.scheduler.foresight import OLDEST_S, ROW, Foresight
-from services.scheduler.homes import to_masks, to_residents
 from services.scheduler.rebalance import Costs, Move
 from services.scheduler.scaling import Room, busiest, followed, layer_homes
 from shared.errors import BadMessage
 from shared.load_messages import Foreseen
 from shared.messages import Placement
+from shared.placement.homes import to_masks, to_residents
 
 LAYER = 3
 COSTS = Costs(replica_bytes=1_000_000, load_rate=1e9, expert_s=1e-3)

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.scheduler.homes import BadPlacement
 from services.scheduler.rebalance import Costs, Move, applied, better, given, mean_a_max
 from services.scheduler.window import FEWEST_EXCHANGES, MOST_EXCHANGES, OLDEST_S, Seen, Window
 from shared.errors import BadMessage
 from shared.load_messages import Activated
 from shared.membership import Member
 from shared.messages import ExpertCosts, Heartbeat, Kind, Placement, State
+from shared.placement.homes import BadPlacement
 
 EXPERTS = 70
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.homes import (
+from shared.elastic.eplb import homes_of_replicas, rebalance_experts
+from shared.placement.homes import (
     BadPlacement,
     check_homes,
     homes_of_slots,
@@ -13,9 +14,8 @@ from services.scheduler.homes import (
     to_masks,
     to_residents,
 )
-from services.scheduler.replacement import fluid_loads, fresh, replace, unevenness
-from services.scheduler.replication import home_counts, improve, place
-from shared.elastic.eplb import homes_of_replicas, rebalance_experts
+from shared.placement.replacement import fluid_loads, fresh, replace, unevenness
+from shared.placement.replication import home_counts, improve, place
 
 
 @st.composite

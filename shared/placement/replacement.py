@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.homes import Residents
-from services.scheduler.replication import home_counts, place
+from shared.placement.homes import Residents
+from shared.placement.replication import home_counts, place
 
 Floats = NDArray[np.floating]
 

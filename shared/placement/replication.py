@@ -9,7 +9,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.homes import Residents
+from shared.placement.homes import Residents
 
 Floats = NDArray[np.floating]
 

@@ -1,0 +1,141 @@
+"""``moemesh plan``: how many instances of either pool keep a service level, on devices that need not be at hand."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from shared.cli.progress import progress
+from shared.errors import MoemeshError
+
+if TYPE_CHECKING:
+    from shared.planning.session import Answer, Question
+
+
+def plan(
+    model: Annotated[Path, typer.Option(help="directory of a checkpoint, or a config.json alone")],
+    hardware: Annotated[str, typer.Option(help="device of both pools: h100, h200, a100, l40s")],
+    slo_tpot_ms: Annotated[float, typer.Option(min=0.001, help="time per output token, mean")],
+    rate: Annotated[float, typer.Option(min=1e-6, help="requests per second")],
+    attention_hardware: Annotated[str, typer.Option(help="device of the attention pool; else --hardware")] = "",
+    expert_hardware: Annotated[str, typer.Option(help="device of the expert pool; else --hardware")] = "",
+    link: Annotated[str, typer.Option(help="between nodes: infiniband, ethernet-25, ...")] = "infiniband",
+    per_node: Annotated[int, typer.Option(min=1, help="devices of a node")] = 8,
+    slo_ttft_ms: Annotated[float, typer.Option(min=0, help="time to the first token, mean; 0: any")] = 0.0,
+    context: Annotated[float, typer.Option(min=1, help="tokens before one of the output, mean")] = 1024.0,
+    output: Annotated[float, typer.Option(min=1, help="tokens of an output, mean")] = 256.0,
+    prompt: Annotated[float, typer.Option(min=0, help="tokens of a prompt, mean; 0: context - output / 2")] = 0.0,
+    chunk: Annotated[float, typer.Option(min=1, help="prompt tokens per step and attention instance")] = 512.0,
+    trace: Annotated[Path | None, typer.Option(help="routing trace in which activated experts are counted")] = None,
+    zipf: Annotated[float, typer.Option(min=0, help="without a trace: exponent of experts' popularity")] = 0.6,
+    bound: Annotated[bool, typer.Option("--bound", help="no routing: the bound for experts that are alike")] = False,
+    tables: Annotated[Path | None, typer.Option(help="file of a_max tables: read if there, else written")] = None,
+    attention_price: Annotated[float, typer.Option(min=1e-9, help="of an attention instance")] = 1.0,
+    expert_price: Annotated[float, typer.Option(min=1e-9, help="of an expert instance")] = 1.0,
+    most: Annotated[int, typer.Option(min=1, max=64, help="instances of a pool")] = 64,
+    top: Annotated[int, typer.Option(min=1, help="plans to show")] = 5,
+    hardware_file: Annotated[Path | None, typer.Option(help="TOML catalogue; else the built-in one")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
+) -> None:
+    """Find the fewest (or cheapest) devices that keep a time per token, and say why. All times are computed."""
+    from shared.planning.assemble import Names
+    from shared.planning.hardware import FILE
+    from shared.planning.session import Question, refusal
+    from shared.planning.setting import Demand, Slo
+
+    names = Names(
+        attention_hardware or hardware, expert_hardware or hardware, link, per_node,
+        attention_price=attention_price, expert_price=expert_price,
+    )  # fmt: skip
+    demand = Demand(rate, prompt or max(1.0, context - output / 2), output, chunk)
+    slo = Slo(slo_tpot_ms / 1e3, slo_ttft_ms / 1e3 if slo_ttft_ms else float("inf"))
+    routing = None if bound else zipf
+    question = Question(model, names, demand, slo, trace, routing, tables, hardware_file or FILE, most)
+    given = _ask(question, top)
+    if plot:
+        _plot(question, given, plot)
+    if as_json:
+        print(json.dumps(_facts(question, given)))
+    if given.found.best is None:
+        raise refusal(question, given)
+    if not as_json:
+        _print(question, given)
+
+
+def _ask(question: "Question", top: int) -> "Answer":
+    from shared.planning.session import answer
+
+    with progress() as show:
+        try:
+            return answer(question, show, top)
+        except OSError as error:
+            raise MoemeshError(f"{error.filename}: {error.strerror or error}") from error
+
+
+def _facts(question: "Question", given: "Answer") -> dict[str, Any]:
+    """The question, the tables and all plans, for JSON: what is infinite is null."""
+    from shared.planning.report import binding
+
+    found, setting, slo = given.found, given.setting, question.slo
+    plans = {"best": found.best, "mesh": found.mesh, "monolith": found.monolith, "binding": found.binding}
+    return {
+        "model": setting.sizes.name,
+        "hardware": vars(question.names),
+        "demand": vars(question.demand),
+        "slo_tpot_s": slo.tpot_s,
+        "slo_ttft_s": None if slo.ttft_s == float("inf") else slo.ttft_s,
+        "tables": {"about": setting.tables.about, "slots": setting.room.slots, "policy": setting.tables.policy},
+        "looked_at": found.looked_at,
+        "space": found.space,
+        "distance_from_exact": given.exact,
+        "why": binding(found),
+        **{name: plan and _finite(plan.as_dict()) for name, plan in plans.items()},
+        "ranking": [_finite(plan.as_dict()) for plan in found.ranking],
+    }
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    return None if isinstance(values, float) and values in (float("inf"), float("-inf")) else values
+
+
+def _print(question: "Question", given: "Answer") -> None:
+    from shared.planning.report import binding, chosen
+
+    found, setting, out = given.found, given.setting, Console(highlight=False)
+    best = found.best
+    assert best is not None
+    out.print(f"{setting.sizes.name}; a_max by {setting.tables.about}; all times are computed", soft_wrap=True)
+    for line in chosen(best, setting):
+        out.print(line, soft_wrap=True)
+    out.print(f"why not less: {binding(found)}", soft_wrap=True)
+    table = Table(
+        Column("plan", no_wrap=True),
+        *("devices", "price", "batch", "ms/token", "first ms", "tokens/s/device", "a_max"),
+        box=None,
+    )
+    for row in found.ranking:
+        cells = [f"{row.devices}", f"{row.price:g}", f"{row.batch:.0f}", f"{row.tpot_s * 1e3:.1f}"]
+        cells += [f"{row.ttft_s * 1e3:.0f}", f"{row.tokens_per_s_device:.1f}", f"{row.a_max:.1f}"]
+        table.add_row(row.name, *cells)
+    out.print(table)
+    other = found.mesh if best.kind == "monolith" else found.monolith
+    kind = "mesh" if best.kind == "monolith" else "monolith"
+    out.print(f"the best {kind}: {other.name}, price {other.price:g}" if other else f"no {kind} keeps the limits")
+    out.print(
+        f"{found.looked_at} of {found.space} candidates looked at; {given.exact:.1%} from the optimum of all of them"
+    )
+
+
+def _plot(question: "Question", given: "Answer", file: Path) -> None:
+    from shared.planning.plot import plot_plans
+    from shared.planning.search import look_at
+
+    outlook = look_at(given.setting, given.space, question.demand, question.slo)
+    title = f"{given.setting.sizes.name}, {question.demand.rate:g} requests/s"
+    plot_plans(given.space, outlook, given.found, question.slo, title, file)

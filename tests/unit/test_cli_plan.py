@@ -1,0 +1,75 @@
+"""`moemesh plan`: text and JSON, pictures, tables on disk; what is wrong with a question is said in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from shared.cli.main import build_app
+from shared.errors import ConfigError
+from shared.planning.session import Infeasible
+from tests.unit.planning_cases import DEEPSEEK_V2
+
+ASK = ["plan", "--model", str(DEEPSEEK_V2), "--slo-tpot-ms", "50", "--rate", "20", "--context", "144", "--prompt", "16"]
+H100 = ["--hardware", "h100", "--bound"]
+
+
+def run(*more: str) -> str:
+    done = CliRunner().invoke(build_app(), [*ASK, *more], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_plan_is_printed_with_why_and_what_comes_next() -> None:
+    text = run(*H100)
+    assert "a_max by the bound" in text and "all times are computed" in text
+    assert "why not less: " in text and "0.0% from the optimum" in text
+    assert "monolith" in text
+
+
+def test_json_holds_the_plan_its_parts_and_the_question() -> None:
+    facts = json.loads(run(*H100, "--json"))
+    best = facts["best"]
+    assert best["devices"] == best["attention"] + best["experts"] >= 7
+    assert best["tpot_s"] <= 0.05 and best["broken"] == []
+    assert set(best["parts"]) == {"attention", "shared", "experts", "exchange", "head"}
+    assert facts["demand"]["rate"] == 20 and facts["slo_ttft_s"] is None
+    assert facts["distance_from_exact"] == pytest.approx(0, abs=1e-9)
+    assert len(facts["ranking"]) == 5
+
+
+def test_pools_may_have_devices_and_prices_of_their_own() -> None:
+    pools = ("--attention-hardware", "l40s", "--expert-hardware", "h200", "--attention-price", "0.4")
+    facts = json.loads(run(*H100, *pools, "--slo-tpot-ms", "80", "--json"))
+    mesh = facts["mesh"]
+    assert mesh["price"] == pytest.approx(0.4 * mesh["attention"] + mesh["experts"])
+    assert facts["hardware"]["experts"] == "h200"
+
+
+def test_tables_are_written_once_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "tables.npz"
+    first = json.loads(run("--hardware", "h200", "--most", "5", "--tables", str(file), "--json"))
+    assert file.exists()
+    again = json.loads(run("--hardware", "h200", "--most", "5", "--tables", str(file), "--bound", "--json"))
+    assert again["tables"] == first["tables"] and "Zipf" in again["tables"]["about"]
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run(*H100, "--plot", str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "problem"),
+    [
+        (["--hardware", "h1000"], ConfigError, "known are h100, h200, a100, l40s"),
+        ([*H100, "--link", "string"], ConfigError, "--link: 'string' is unknown"),
+        ([*H100, "--most", "3"], ConfigError, "3 instances are too few"),
+        ([*H100, "--slo-tpot-ms", "5"], Infeasible, "TPOT binds: the nearest is .* --slo-tpot-ms"),
+    ],
+)
+def test_questions_without_an_answer_say_why(more: list[str], error: type[Exception], problem: str) -> None:
+    with pytest.raises(error, match=problem):
+        CliRunner().invoke(build_app(), [*ASK, *more], catch_exceptions=False)
