@@ -68,8 +68,9 @@ def test_a_budget_below_one_row_is_refused_with_the_least_that_works():
 
 
 def test_the_pool_goes_to_no_instance_and_back_and_requests_wait_for_it(alone) -> None:
+    settings = {"expert_memory": "12MB", "no_home_deadline": "120"}
     with (
-        running_mesh({}, attention=1, experts=1, mesh="to-none", settings={"expert_memory": "12MB"}) as mesh,
+        running_mesh({}, attention=1, experts=1, mesh="to-none", settings=settings) as mesh,
         ThreadPoolExecutor(1) as pool,
     ):
         assert outputs(mesh, BODIES) == alone
