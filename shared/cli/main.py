@@ -12,6 +12,7 @@ from shared.cli.doctor import doctor
 from shared.cli.models import models_app
 from shared.cli.plan import plan
 from shared.cli.predictor import predictor_app
+from shared.cli.profile import profile
 from shared.cli.rebalance import rebalance
 from shared.cli.replay import replay
 from shared.cli.serve import service_app
@@ -34,7 +35,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Serve Mixture-of-Experts language models as a mesh of small services.",
     )
-    for command in (up, demo, status, rebalance, plan, simulate, replay, complete, chat, doctor):
+    for command in (up, demo, status, rebalance, profile, plan, simulate, replay, complete, chat, doctor):
         app.command()(command)
     app.add_typer(service_app(), name="serve")
     app.add_typer(models_app(), name="models")

@@ -1,0 +1,157 @@
+"""What `moemesh profile` measures: meshes of several sizes on this machine, decoding batches of several sizes and contexts."""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from shared.cli.mesh import LocalMesh, MeshOptions
+from shared.cli.status import look
+from shared.errors import MoemeshError
+from shared.membership import Member
+from shared.messages import Kind
+from shared.planning.fit import Point
+from shared.traces.recorder import Limits, record
+
+OUTPUT = 48
+"""Tokens of each stream; those that all streams have in common are measured."""
+LEAST_TOKENS = 8
+"""Of every stream in the span that is measured."""
+REPEATS = 3
+MESH = "profile"
+
+
+class NotMeasured(MoemeshError):
+    """A batch did not decode long enough together, or was refused."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured in one go."""
+
+    experts: int
+    batch: int
+    context: int
+    """Positions that a row attends to in the middle of the output."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the instances of a mesh have counted."""
+
+    exchanges: float
+    exchange_s: float
+    compute_s: float
+    """Of all expert instances."""
+    activations: float
+
+    def __sub__(self, before: "Counts") -> "Counts":
+        pairs = zip(vars(self).values(), vars(before).values(), strict=True)
+        return Counts(*(a - b for a, b in pairs))
+
+
+async def measure(
+    model: str, shapes: Sequence[Shape], settings: dict[str, str], vocab: int, trace: Path | None = None
+) -> list[Point]:
+    """Medians of REPEATS for every shape; ``trace``: a new file for the routing of one mesh. Raises NotMeasured."""
+    points = []
+    for experts in sorted({shape.experts for shape in shapes}):
+        options = MeshOptions(
+            model=model, experts=experts, port=0, mesh=MESH, settings={"prefix_cache": "false", **settings}
+        )
+        mine = [shape for shape in shapes if shape.experts == experts]
+        async with LocalMesh(options) as mesh:
+            stop = asyncio.Event()
+            recording = None
+            if trace:
+                recording = asyncio.create_task(record(mesh.nats_url, MESH, trace, stop, Limits()))
+                trace = None  # of one mesh
+            for shape in mine:
+                points.append(middle([await one(mesh, shape, vocab, seed) for seed in range(REPEATS)]))
+            stop.set()
+            if recording:
+                await recording
+    return points
+
+
+def middle(points: Sequence[Point]) -> Point:
+    """The one with the median time of a step."""
+    return sorted(points, key=lambda point: point.step_s)[len(points) // 2]
+
+
+async def one(mesh: LocalMesh, shape: Shape, vocab: int, seed: int) -> Point:
+    """One batch. Raises NotMeasured."""
+    prompt = max(1, shape.context - OUTPUT // 2)
+    ids = np.random.default_rng([seed, shape.batch]).integers(1, vocab, (shape.batch, prompt)).tolist()
+    arrivals: list[list[float]] = [[] for _ in ids]
+    limits = httpx.Limits(max_connections=shape.batch)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client, asyncio.TaskGroup() as tasks:
+        for numbers, times in zip(ids, arrivals, strict=True):
+            tasks.create_task(stream(client, mesh.url, numbers, times))
+        while not all(arrivals):  # prompts are computed
+            await asyncio.sleep(0.002)
+        before = await counts(client, mesh)
+        while max(map(len, arrivals)) < OUTPUT - 2:
+            await asyncio.sleep(0.002)
+        taken = await counts(client, mesh) - before
+    return point_of(shape, arrivals, taken)
+
+
+def point_of(shape: Shape, arrivals: Sequence[Sequence[float]], taken: Counts) -> Point:
+    """Times of the steps in which all streams decoded. Raises NotMeasured."""
+    start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+    spans = [[t for t in times if start <= t <= end] for times in arrivals]
+    if min(map(len, spans)) < LEAST_TOKENS or not taken.exchanges:
+        raise NotMeasured(f"{shape.batch} streams of {OUTPUT} tokens did not decode together: give a smaller batch")
+    gaps = [(times[-1] - times[0]) / (len(times) - 1) for times in spans]
+    each = taken.exchanges * shape.experts
+    return Point(
+        experts=shape.experts,
+        batch=shape.batch,
+        context=float(shape.context),
+        step_s=float(np.median(gaps)),
+        exchange_s=taken.exchange_s / taken.exchanges,
+        expert_s=taken.compute_s / each,
+        activated=taken.activations / each,
+    )
+
+
+async def stream(client: httpx.AsyncClient, url: str, ids: list[int], arrivals: list[float]) -> None:
+    """One completion; notes when its tokens come. Raises NotMeasured."""
+    body = {"prompt": ids, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True, "stream": True}
+    async with client.stream("POST", url + "/v1/completions", json=body | {"return_token_ids": True}) as response:
+        if response.status_code != 200:
+            raise NotMeasured((await response.aread()).decode())
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                tokens = sum(len(choice.get("token_ids") or ()) for choice in event.get("choices", ()))
+                arrivals += [time.perf_counter()] * tokens
+
+
+async def counts(client: httpx.AsyncClient, mesh: LocalMesh) -> Counts:
+    """As of now."""
+    members, _ = await look(mesh.nats_url, MESH)
+    pages = {m.id: (await client.get(m.heartbeat.url + "/metrics")).text for m in pool(members)}
+    texts = {kind: "\n".join(t for name, t in pages.items() if name.startswith(kind)) for kind in ("attention", "experts")}
+    return Counts(
+        exchanges=total(texts["attention"], "exchange_seconds_count"),
+        exchange_s=total(texts["attention"], "exchange_seconds_sum"),
+        compute_s=total(texts["experts"], "compute_seconds_total"),
+        activations=total(texts["experts"], "expert_activations_total"),
+    )
+
+
+def pool(members: Sequence[Member]) -> Iterator[Member]:
+    return (m for m in members if m.heartbeat.kind in (Kind.ATTENTION, Kind.EXPERTS))
+
+
+def total(text: str, metric: str) -> float:
+    """A metric of /metrics pages, summed over its labels."""
+    return sum(float(value) for value in re.findall(rf"^moemesh_{metric}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
