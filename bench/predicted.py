@@ -32,7 +32,7 @@ async def run(args: argparse.Namespace, trace: Path) -> tuple[dict[str, Any], li
     instances = [int(n) for n in args.experts.split(",")]
     shapes = [Shape(n, b, c) for n in instances for b, c in FITTED + HELD_OUT]
     random.Random(0).shuffle(shapes)  # what the machine does meanwhile must not look like a difference of shapes
-    points = await measure(args.model, shapes, {}, spec.vocab, trace)
+    points = await measure(args.model, shapes, {}, spec.vocab_size, trace)
     routing = recorded(trace, spec.router.experts, spec.router.top_k)
     held = [p for p in points if (p.batch, int(p.context)) in HELD_OUT]
     seen = [p for p in points if (p.batch, int(p.context)) in FITTED]

@@ -35,7 +35,7 @@ def profile(
             raise ConfigError("--out", f"{path} is there already")
     sizes = [numbers("--experts", experts), numbers("--batch", batch), numbers("--context", context)]
     shapes = [Shape(e, b, c) for e in sizes[0] for b in sizes[1] for c in sizes[2]]
-    points = asyncio.run(measure(model, shapes, {}, source.spec.vocab, trace))
+    points = asyncio.run(measure(model, shapes, {}, source.spec.vocab_size, trace))
     spec = source.spec
     fitted = fit(points, len(spec.layers), len(spec.moe_layers), spec.router.top_k)
     save_fitted(out, fitted, points, source.name, source.digest)
