@@ -169,54 +169,42 @@ async def silent(mesh: LocalMesh) -> None:
 async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Everything, one mesh after the other."""
     texts = {name: text_ids(Path(args.heldout) / f"{name}.txt") for name in MOST_WAITS}
-    result: dict[str, Any] = {"share": args.share, "waits": {}}
     bars = [Bar("streams with other tokens", await same_tokens(args.share, texts), 0, True)]
+    result: dict[str, Any] = {"share": args.share}
+    for part in (await waits_by_domain(args, texts), await beside_lru(args, texts)):
+        result |= part[0]
+        bars += part[1]
+    for model in ("", *args.model):
+        zero, name = await scale_to_zero(model, texts), Path(model).name or "demo"
+        result[f"zero {name}"] = zero
+        print("scale to zero", name, zero, flush=True)
+        bars.append(Bar(f"experts' memory, none resident / busy, {name}", zero["memory"], MOST_MEMORY, True))
+        bars.append(Bar(f"first token after silence / warm, {name}", zero["first_token"], MOST_FIRST_TOKEN, True))
+    return result, bars
+
+
+async def waits_by_domain(args: argparse.Namespace, texts: Mapping[str, list[int]]) -> tuple[dict[str, Any], list[Bar]]:
+    """Four streams of either text."""
+    rows, bars = {}, []
     with tempfile.TemporaryDirectory(prefix="moemesh-elastic-") as scratch:
         for name, most in MOST_WAITS.items():
             counted, best = await waits(args.share, {name: texts[name]}, 4, args.seconds, Path(scratch) / name)
-            row = {
-                "calls": counted.calls,
-                "waits": counted.waits,
-                "starts": counted.warm + counted.cold,
-                "belady": best,
-            }
-            print(name, row, f"{counted.share:.4f}", flush=True)
-            result["waits"][name] = row
+            starts = counted.warm + counted.cold
+            rows[name] = {"calls": counted.calls, "waits": counted.waits, "starts": starts, "belady": best}
+            print(name, rows[name], f"{counted.share:.4f}", flush=True)
             bars.append(Bar(f"calls that wait, {name}", counted.share, most, True))
             bars.append(Bar(f"waits / Belady's optimum, {name}", counted.waits / max(1, best), MOST_OF_BELADY, True))
+    return {"waits": rows}, bars
+
+
+async def beside_lru(args: argparse.Namespace, texts: Mapping[str, list[int]]) -> tuple[dict[str, Any], list[Bar]]:
+    """Eight streams of both texts, with the predictor and without."""
     foreseen, _ = await waits(args.share, texts, 8, args.seconds)
     recent, _ = await waits(args.share, texts, 8, args.seconds, eviction="lru")
-    result["of_lru"] = {"foreseen": foreseen.share, "lru": recent.share}
-    print("8 streams", result["of_lru"], flush=True)
-    bars.append(
-        Bar(
-            "calls that wait, 8 streams, foreseen / least recently used",
-            foreseen.share / recent.share,
-            MOST_OF_LRU,
-            True,
-        )
-    )
-    for model in ("", *args.model):
-        zero = await scale_to_zero(model, texts)
-        result[f"zero {Path(model).name or 'demo'}"] = zero
-        print("scale to zero", Path(model).name or "demo", zero, flush=True)
-        bars.append(
-            Bar(
-                f"experts' memory, none resident / busy, {Path(model).name or 'demo'}",
-                zero["memory"],
-                MOST_MEMORY,
-                True,
-            )
-        )
-        bars.append(
-            Bar(
-                f"first token after silence / warm, {Path(model).name or 'demo'}",
-                zero["first_token"],
-                MOST_FIRST_TOKEN,
-                True,
-            )
-        )
-    return result, bars
+    shares = {"foreseen": foreseen.share, "lru": recent.share}
+    print("8 streams", shares, flush=True)
+    name = "calls that wait, 8 streams, foreseen / least recently used"
+    return {"of_lru": shares}, [Bar(name, foreseen.share / recent.share, MOST_OF_LRU, True)]
 
 
 def main() -> None:

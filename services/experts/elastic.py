@@ -6,9 +6,8 @@ meanwhile. Which expert makes room for which is decided in shared/elastic/reside
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.experts.compute import Plan
+from services.experts.elastic_stats import ElasticStats
 from services.experts.foresight import LoadSums
 from services.experts.starts import Started, Starts, When
 from shared.activation import Parts
@@ -26,7 +26,7 @@ from shared.elastic.residency import Residency, Start
 from shared.errors import MoemeshError
 from shared.kernels.weights import Weight
 from shared.messages import ElasticFacts, ExpertCost
-from shared.metrics import Sample, sample
+from shared.metrics import Sample
 from shared.models.moe import ExpertLayer, compute_parts
 from shared.models.slots import Slots
 from shared.predictors.base import Predictor
@@ -53,25 +53,6 @@ class ElasticLayer(ExpertLayer, Protocol):
 
 class BrokenExpert(MoemeshError):
     """An expert cannot be started here; says which and why."""
-
-
-@dataclass
-class ElasticStats:
-    """Counters since the start, written by the compute thread and read by anyone."""
-
-    calls: int = 0
-    """Distinct experts of exchanges, summed over exchanges."""
-    waits: int = 0
-    """Those that were not resident when their exchange came."""
-    starts: Counter[str] = field(default_factory=Counter)
-    """By cause: demand, predicted; and by source: warm, cold."""
-    stops: int = 0
-    failed: int = 0
-    start_bytes: int = 0
-    start_s: float = 0.0
-    wait_s: float = 0.0
-    """Of exchanges for experts."""
-    predict_s: float = 0.0
 
 
 @dataclass
@@ -156,22 +137,7 @@ class Elastic:
 
     def samples(self) -> Iterator[Sample]:
         """For /metrics; read in another thread."""
-        stats = self.stats
-        yield sample("expert_slots", self._slots.count)
-        yield sample("expert_calls", stats.calls)
-        yield sample("expert_calls_waited", stats.waits)
-        yield sample("expert_wait_seconds", stats.wait_s)
-        for source in ("warm", "cold"):
-            yield sample("expert_starts", stats.starts[source], source=source)
-        for cause in ("demand", "predicted"):
-            yield sample("expert_starts_ordered", stats.starts[cause], cause=cause)
-        yield sample("expert_start_bytes", stats.start_bytes)
-        yield sample("expert_start_seconds", stats.start_s)
-        yield sample("expert_stops", stats.stops)
-        yield sample("expert_start_failures", stats.failed)
-        yield sample("prediction_seconds", stats.predict_s)
-        for form, byte_seconds in self._cost.model_dump().items():
-            yield sample("expert_cost_byte_seconds", byte_seconds, form=form)
+        return self.stats.samples(self._slots.count, self._cost)
 
     # ---- exchanges --------------------------------------------------------------------------------------
 
