@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from common import Bar, report
 from numpy.typing import NDArray
-from synthetic import Exchanges, Shape, exchanges, mean_a_max, observe, tokens_per_expert, zipf
+from synthetic import Exchanges, Shape, exchanges, tokens_per_expert
 from traced import record_demo
 
 from services.attention.tap import RoutingTap
@@ -29,6 +29,8 @@ from shared.activation import schedule_activations
 from shared.elastic.eplb import homes_of_replicas, rebalance_experts
 from shared.placement.homes import Masks, to_masks
 from shared.placement.replacement import fresh
+from shared.planning.amax import mean_a_max, observe
+from shared.planning.routing import zipf
 from shared.scheduling.optimum import least_a_max
 from shared.scheduling.policies import Policy
 from shared.traces.load import load_trace

@@ -23,7 +23,7 @@ SCRIPTS = (
     "decode.py", "limit.py", "groups.py", "ablation.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py",
     "idle.py", "memory.py", "switch.py",
 )  # fmt: skip
-PURE = ("activation.py", "rebalance.py")
+PURE = ("activation.py", "planning.py", "rebalance.py", "simulation.py")
 """Those that need no model, or bring their own."""
 AS_ROOT = ("exchange.py",)
 """Those that make simulated nodes; left out where they cannot."""

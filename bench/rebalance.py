@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 from common import Bar, median, report
-from synthetic import Shape, exchanges, mean_a_max, observe, zipf
+from synthetic import Shape, exchanges
 
 from shared.placement.homes import Residents, moved_replicas, to_masks
 from shared.placement.replacement import fresh, replace
+from shared.planning.amax import mean_a_max, observe
+from shared.planning.routing import zipf
 
 INSTANCES, EXPONENTS, SHARES, TOKENS = (6, 7, 8, 12, 16), (0.6, 1.0, 1.4), (0.1, 0.25, 0.5, 1.0), (16, 64, 256)
 WINDOW = 64

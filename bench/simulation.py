@@ -4,8 +4,8 @@
 
 Everything is simulated: bench/configs/paper.toml is the scenario, shared/planning/hardware.toml has the published
 peaks. First the scenario as it stands, whose rate has a peak of 7.5 times its mean, then with two micro-batches for the
-rivals' meshes too, then a plain sine (twice its mean), then device-hours alone with every coefficient of hardware.toml halved and doubled, the same for every system and the
-same requests. The last line is one JSON object.
+rivals' meshes too, then a plain sine (twice its mean), then device-hours alone with every coefficient of hardware.toml
+halved and doubled, the same for every system and the same requests. The last line is one JSON object.
 """
 
 import argparse

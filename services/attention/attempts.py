@@ -17,7 +17,7 @@ from services.attention.pending import LEADER, ExchangeStats, Pending
 from services.attention.replies import Sum
 from services.attention.sending import Sender
 from services.attention.targets import Targets
-from services.attention.ways import Gate, Phase
+from services.attention.ways import APART, Gate, Phase
 from shared.errors import ExchangeUnavailable
 from shared.models.scratch import Scratch
 
@@ -87,7 +87,7 @@ class Attempts:
     def _join_rows(self, pending: Pending) -> None:
         """Give our rows to the group's leader, or collect those of all members if that is us."""
         group = self._lockstep.group
-        if group is None or pending.way == (Phase.ONE, Gate.ATTENTION):
+        if group is None or pending.way == APART:
             pending.way = pending.way.straight() if pending.way.phase is Phase.ONE else pending.way
             return
         pending.group = group

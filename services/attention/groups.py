@@ -49,7 +49,10 @@ class Join(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What a step of a group took: told to the meeting place by the group's leader, if that had no part in it."""
+    """What a step of a group took: told to the meeting place by the group's leader, if that had no part in it.
+
+    By every member, if exchanges were their own (``ways.APART``).
+    """
 
     rows: int
     members: int

@@ -16,7 +16,7 @@ from torch import Tensor
 from services.attention.exchange import Neighbour
 from services.attention.groups import Group, Join, Meeting, Observed, Patience, longest_wait, patience_for
 from services.attention.links import pong
-from services.attention.ways import Way
+from services.attention.ways import APART, Way
 from shared.errors import TransportError
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Transport
 
@@ -49,7 +49,8 @@ class Lockstep:
         share: of the last step, how long a meeting waits for others; 0: no groups.
         pump: see ``Pump``; hands frames of groups to ``take``.
         choose: the way of a group.
-        learn: what groups took in which this instance, their meeting place, had no part.
+        learn: what groups took in which this instance, their meeting place, had no part, and what the exchanges of
+            other members took that were their own.
     """
 
     def __init__(
@@ -133,8 +134,9 @@ class Lockstep:
 
     def end(self, observed: Observed | None) -> None:
         """The step is over, and took so long."""
-        leads = self.group is not None and self.group.leader == self._me != self._host
-        self._observed = observed if leads else None
+        apart = observed is not None and observed.way == APART  # nobody else knows what our exchanges took
+        tells = self.group is not None and self._me != self._host and (apart or self.group.leader == self._me)
+        self._observed = observed if tells else None
         self._last = time.monotonic() - self._began
         if self._attended:
             self._patience.came_back(self.group is not None)

@@ -43,6 +43,8 @@ class Way(NamedTuple):
 
 SOLO = Way(Phase.DIRECT, Gate.EXPERTS)
 """All rows to every instance; what remains where there is neither a group nor another node."""
+APART = Way(Phase.ONE, Gate.ATTENTION)
+"""Every member of a group gates its own rows: no exchange of the group, but one for each member."""
 ALL_WAYS = tuple(Way(phase, gate) for phase in Phase for gate in Gate)
 
 
@@ -98,9 +100,8 @@ def ways_for(shape: Shape, phase: Phase | None = None, gate: Gate | None = None)
     relays = any(node.instances > 1 for node in far)
     pays = {Phase.ONE: shape.members > 1, Phase.DIRECT: True, Phase.RELAY: relays}
     ways = [way for way in ALL_WAYS if pays[way.phase] and phase in (None, way.phase) and gate in (None, way.gate)]
-    # In one phase nobody sees the rows of all members: whoever gates chooses for its own alone, and experts are read
-    # twice. Only a link that is slower than that can make up for it.
-    return [way for way in ways if gate or far or way != (Phase.ONE, Gate.ATTENTION)] or [
+    # Where members choose for their own rows alone, experts are read twice: only a slower link can make up for it.
+    return [way for way in ways if gate or far or way != APART] or [
         SOLO._replace(gate=gate or Gate.EXPERTS)
     ]
 

@@ -64,7 +64,7 @@ def _print(day: "Day", outcomes: "list[Simulated]") -> None:
     out = Console(highlight=False)
     out.print(f"{day.scenario.about}; simulated", soft_wrap=True)
     out.print(f"{len(day.requests.times)} requests, {day.peak:.1f} per second at the peak", soft_wrap=True)
-    columns = ("device-hours", "devices", "changes", "in time", "p99 ms/token", "p99 first s", "tokens/s/device")
+    columns = ("device-h", "devices", "changes", "in time", "TPOT p99 ms", "TTFT p99 s", "tokens/s/device")
     table = Table(Column("system", no_wrap=True), *columns, box=None, header_style="bold")
     for row in outcomes:
         cells = [f"{row.gpu_hours:.0f}", f"{row.least} to {row.most}", f"{row.changes}", f"{row.attainment:.2%}"]

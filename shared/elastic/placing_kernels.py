@@ -217,7 +217,8 @@ def _relieve(shares, homes, carried, slots, price):
 @njit(cache=True, nogil=True)
 def _busiest(carried):
     """The three busiest instances of every sample and their loads, [3, samples] each; NOBODY and 0 for none."""
-    tops, loads = np.full((3, carried.shape[1]), NOBODY), np.zeros((3, carried.shape[1]))
+    tops, loads = np.zeros((3, carried.shape[1]), np.int64), np.zeros((3, carried.shape[1]))
+    tops[:] = NOBODY
     for k in range(carried.shape[1]):
         for g in range(len(carried)):
             for place in range(3):

@@ -144,7 +144,7 @@ def sample(rows: Ids, count: int, rng: np.random.Generator) -> Ids:
     return rows[rng.integers(len(rows), size=count)]
 
 
-def mean_a_max(exchanges: Sequence[Ids], homes: Masks, instances: int, policy: Policy) -> float:
+def mean_a_max(exchanges: Sequence[Ids], homes: Masks, instances: int, policy: Policy = Policy.ACTIVATED) -> float:
     """Mean of the largest number of distinct experts that any instance activates."""
     live = (1 << instances) - 1
     return float(np.mean([schedule_activations(ids, homes, live, policy).activated.max() for ids in exchanges]))

@@ -26,6 +26,7 @@ from shared.planning.setting import (
     monolith_step,
 )
 
+Ints = NDArray[np.int64]
 MOST_BATCH = 1 << 16
 """Sequences of a mesh: a demand that needs more is too much."""
 ROUNDS = 64
@@ -55,7 +56,7 @@ class Outlook(NamedTuple):
     parts: Floats
     """[PARTS, n], seconds of a step; what others hide is counted in full."""
     a_max: Floats
-    way: NDArray[np.int64]
+    way: Ints
     """Which of the setting's ways exchanges go."""
     excess: Floats
     """[LIMITS, n]: by which factor each limit is exceeded; at most 1: it is kept. Infinite: there is no keeping it."""
@@ -70,23 +71,29 @@ class Outlook(NamedTuple):
         return self.price / self.throughput
 
 
-def settle(seconds: Callable[[Floats], Floats], rate: float, count: int) -> Floats:
+def settle(seconds: Callable[[Floats, Ints], Floats], rate: float, count: int) -> Floats:
     """The batch [count] where ``rate`` x seconds(batch) = batch; 1 where less is asked, MOST_BATCH where too much.
 
     Bisection, in turns with the secant of the bracket's ends: times are nearly piecewise linear, so few rounds do.
+
+    Args:
+        seconds: batches and the numbers of the candidates that they are of -> seconds of a step.
     """
+    every = np.arange(count)
     low, high = np.ones(count), np.full(count, float(MOST_BATCH))
-    at_low, at_high = low - rate * seconds(low), high - rate * seconds(high)
+    below, above = low - rate * seconds(low, every), high - rate * seconds(high, every)
     for turn in range(ROUNDS):
-        secant = low + (high - low) * at_low / np.where(at_low == at_high, 1.0, at_low - at_high)
-        middle = np.clip(secant, low, high) if turn % 2 == 0 else np.sqrt(low * high)
-        found = middle - rate * seconds(middle)
-        enough = found >= -NEAR * middle
-        low, at_low = np.where(enough, low, middle), np.where(enough, at_low, found)
-        high, at_high = np.where(enough, middle, high), np.where(enough, found, at_high)
-        if ((at_high <= NEAR * high) | (at_low >= 0) | (high - low <= NEAR * high)).all():
+        left = np.flatnonzero((above > NEAR * high) & (below < 0) & (high - low > NEAR * high))
+        if not left.size:
             break
-    return np.where(at_low >= 0, 1.0, high)
+        secant = low[left] - (high - low)[left] * below[left] / (above - below)[left]
+        middle = np.clip(secant, low[left], high[left]) if turn % 2 == 0 else np.sqrt(low[left] * high[left])
+        found = middle - rate * seconds(middle, left)
+        enough = found >= -NEAR * middle
+        up, down = left[enough], left[~enough]
+        high[up], above[up] = middle[enough], found[enough]
+        low[down], below[down] = middle[~enough], found[~enough]
+    return np.where(below >= 0, 1.0, high)
 
 
 def look_ahead(
@@ -96,8 +103,8 @@ def look_ahead(
     run = _runner(setting, candidates)
     count = len(candidates.devices)
 
-    def seconds(sequences: Floats) -> Floats:
-        return run(load_of(setting, demand, sequences)).step.seconds
+    def seconds(sequences: Floats, order: Ints) -> Floats:
+        return _runner(setting, candidates.at(order))(load_of(setting, demand, sequences)).step.seconds
 
     sequences = settle(seconds, demand.tokens, count) if batch is None else np.full(count, float(batch))
     load = load_of(setting, demand, sequences)
@@ -123,7 +130,7 @@ def joined(outlooks: Sequence[Outlook]) -> Outlook:
     return Outlook._make(np.concatenate(arrays, axis=-1) for arrays in zip(*outlooks, strict=True))
 
 
-def taken(outlook: Outlook, order: NDArray[np.int64]) -> Outlook:
+def taken(outlook: Outlook, order: Ints) -> Outlook:
     """The outlook of some candidates."""
     return Outlook._make(array[..., order] for array in outlook)
 

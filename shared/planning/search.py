@@ -21,8 +21,8 @@ from shared.planning.setting import Demand, Mesh, Monolith, Setting, Slo
 MICRO_BATCHES = (1, 2)
 UNITS = (1, 2, 4, 8, 16, 32, 64)
 """Devices of a monolith."""
-BLOCK = 512
-"""Candidates that are looked at together."""
+BLOCK, GROWTH = 512, 4
+"""Candidates that are looked at together at first, and how many times more in every next turn."""
 Ints = NDArray[np.int64]
 
 
@@ -99,18 +99,18 @@ def search(setting: Setting, space: Space, demand: Demand, slo: Slo, batch: floa
     """
     order = np.argsort(_prices(setting, space), kind="stable")
     space = space.at(order)
-    prices, seen, blocks = _prices(setting, space), 0, []
+    prices, seen, size, blocks, feasible = _prices(setting, space), 0, BLOCK, [], np.zeros(0, np.int64)
     while seen < len(order):
-        block = space.at(np.arange(seen, min(seen + BLOCK, len(order))))
-        blocks.append(look_at(setting, block, demand, slo, batch))
-        seen += len(block.attention)
-        found = np.flatnonzero(joined(blocks).feasible)
-        if batch is None and found.size >= top and seen < len(order) and prices[seen] > prices[found[0]]:
+        block = np.arange(seen, min(seen + size, len(order)))
+        blocks.append(look_at(setting, space.at(block), demand, slo, batch))
+        feasible = np.append(feasible, block[blocks[-1].feasible])
+        seen, size = seen + len(block), size * GROWTH
+        enough = feasible.size >= top and seen < len(order) and prices[seen] > prices[feasible[0]]
+        if batch is None and enough:
             break
     if not blocks:
         return Found(None, (), None, None, None, 0, 0)
-    outlook = joined(blocks)
-    return _found(setting, space.at(np.arange(seen)), outlook, top, len(order))
+    return _found(setting, space.at(np.arange(seen)), joined(blocks), top, len(order))
 
 
 def look_at_all(setting: Setting, space: Space, demand: Demand, slo: Slo, batch: float | None = None) -> float:

@@ -95,6 +95,9 @@ class Mesh(NamedTuple):
     def devices(self) -> Floats:
         return self.attention + self.experts
 
+    def at(self, order: NDArray[np.int64]) -> "Mesh":
+        return Mesh(self.attention[order], self.experts[order], self.micro_batches)
+
 
 class Monolith(NamedTuple):
     """Candidates [n]: so many units of so many devices."""
@@ -105,6 +108,9 @@ class Monolith(NamedTuple):
     @property
     def devices(self) -> Floats:
         return self.units * self.size
+
+    def at(self, order: NDArray[np.int64]) -> "Monolith":
+        return Monolith(self.units[order], self.size[order])
 
 
 class Outcome(NamedTuple):

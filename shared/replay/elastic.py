@@ -64,17 +64,21 @@ def elastic_step(now, loads, expected, history, known, rules, pool, costs, times
 @njit(cache=True, nogil=True)
 def _compute(now, layer, loads, last, pool, costs, times):
     """(seconds of a layer, those that it waited for starts, experts that it waited for)."""
-    slowed = times[3] * np.minimum(np.maximum(pool.free - now, 0.0), last)
-    waits = np.zeros(len(pool.held))
+    slowed, waits = np.zeros(len(pool.held)), np.zeros(len(pool.held))
+    for g in range(len(slowed)):
+        slowed[g] = times[3] * min(max(pool.free[g] - now, 0.0), last)
     usable = np.zeros((len(pool.held), len(loads)), np.int64)
     late = 0
     for e in range(len(loads)):
         if loads[e] > 0:
             late += _require(now, layer, e, loads, pool, times, waits, usable)
-    time = divided_time(loads, usable, pool.homes[layer], np.maximum(waits, slowed), costs)
+    unhindered = divided_time(loads, usable, pool.homes[layer], slowed, costs)
     if late == 0:
-        return time, 0.0, late
-    return time, max(0.0, time - divided_time(loads, usable, pool.homes[layer], slowed, costs)), late
+        return unhindered, 0.0, late
+    for g in range(len(slowed)):
+        waits[g] = max(waits[g], slowed[g])
+    time = divided_time(loads, usable, pool.homes[layer], waits, costs)
+    return time, max(0.0, time - unhindered), late
 
 
 @njit(cache=True, nogil=True)
@@ -106,7 +110,7 @@ def _foresee(now, begins, layer, m, expected, rules, pool, costs, times):
         for g in range(len(pool.held)):
             alive[g, e] = pool.ready[m, g, e] < ABSENT
         wanted = chance_of(expected[e]) >= WORTH or pool.share[m % len(pool.share), e] >= HABITUAL
-        if alive[:, e].any() or not wanted:
+        if not wanted or _holders(e, alive) > 0:
             continue
         g = home_of(m, e, pool)
         if make_room(layer, m, g, ABSENT, expected, pool):
@@ -119,7 +123,10 @@ def _foresee(now, begins, layer, m, expected, rules, pool, costs, times):
 @njit(cache=True, nogil=True)
 def _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times):
     """Second replicas for one exchange, where the busiest instance is expected to gain more than a start disturbs."""
-    wanted, ones = expected * (alive.sum(axis=0) > 0), np.ones(len(alive), np.int64)
+    wanted, ones = expected.copy(), np.ones(len(alive), np.int64)
+    for e in range(len(expected)):
+        if _holders(e, alive) == 0:
+            wanted[e] = 0
     rows, busy = divide(wanted, alive, np.zeros(len(pool.held)), costs, alive)
     price = times[1] * times[3] if rules[2] else 0.0
     for _ in range(MOST_RELIEFS):
@@ -140,6 +147,14 @@ def _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times):
         carry_out(rows, busy, top, h, e, count, f, costs)
     if not rules[2]:
         _insure(now, begins, layer, m, expected, alive, pool, times)
+
+
+@njit(cache=True, nogil=True)
+def _holders(e, alive):
+    holders = 0
+    for g in range(len(alive)):
+        holders += alive[g, e]
+    return holders
 
 
 @njit(cache=True, nogil=True)
@@ -169,7 +184,7 @@ def _least_expected(g, expected, alive):
     """Of the experts that one other instance has, and ``g`` has not."""
     best = NOBODY
     for e in range(len(expected)):
-        single = expected[e] > 0 and not alive[g, e] and alive[:, e].sum() == 1
+        single = expected[e] > 0 and not alive[g, e] and _holders(e, alive) == 1
         if single and (best == NOBODY or expected[e] < expected[best]):
             best = e
     return best

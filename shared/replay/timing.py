@@ -23,6 +23,8 @@ Costs = tuple[float, float, float, bool]
 
 
 NOBODY = -1
+ONLY = 1 << 40
+"""More than any rows."""
 MOST_MOVES = 32
 """Of rows, out of the busiest instance."""
 LEAST_MOVE, SWAP = 1e-4, 0.005
@@ -91,14 +93,10 @@ def divide(loads, usable, waits, costs, first):
     instance hands over what helps, an expert or a part of its rows or one for another, until nothing does.
     """
     rows, busy = np.zeros(usable.shape, np.int64), waits.copy()
-    choices = usable.sum(axis=0)
-    for e in np.argsort(-(loads + (choices == 1) * (1 << 40)), kind="mergesort"):
-        if loads[e] == 0:
-            continue
-        among = first if first[:, e].any() else usable
+    for e in _order(loads, usable):
         best = NOBODY
         for g in range(len(busy)):
-            if among[g, e] and (best == NOBODY or busy[g] < busy[best]):
+            if usable[g, e] and (best == NOBODY or (first[g, e], -busy[g]) > (first[best, e], -busy[best])):
                 best = g
         rows[best, e] = loads[e]
         busy[best] += costs[1] + costs[0] * loads[e]
@@ -109,6 +107,25 @@ def divide(loads, usable, waits, costs, first):
             break
         carry_out(rows, busy, top, h, e, count, f, costs)
     return rows, busy
+
+
+@njit(cache=True, nogil=True)
+def _order(loads, usable):
+    """Experts with rows: those that only one instance has, then the others, the longest first. By insertion."""
+    order, keys, count = np.zeros(len(loads), np.int64), np.zeros(len(loads), np.int64), 0
+    for e in range(len(loads)):
+        instances = 0
+        for g in range(len(usable)):
+            instances += usable[g, e]
+        key, place = loads[e] + (ONLY if instances == 1 else 0), count
+        if loads[e] == 0:
+            continue
+        while place > 0 and keys[place - 1] < key:
+            keys[place], order[place] = keys[place - 1], order[place - 1]
+            place -= 1
+        keys[place], order[place] = key, e
+        count += 1
+    return order[:count]
 
 
 @njit(cache=True, nogil=True)

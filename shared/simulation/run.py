@@ -40,7 +40,7 @@ class Simulated:
     system: str
     gpu_hours: float
     attainment: float
-    """Share of the requests whose mean time per token is within the limit; those that do not end count as late."""
+    """Share of the requests within the limits, by their mean time per token; those that do not end count as late."""
     goodput: float
     """Tokens per second of such requests."""
     goodput_device: float
@@ -84,14 +84,18 @@ def prepare(scenario: Scenario, hardware: Hardware, show: Show = lambda *_: None
     routing = synthetic(sizes.experts, sizes.top_k, mesh.zipf, mesh.used)
     setting = assemble(hardware, sizes, mesh.names, routing, most=mesh.most, show=show)
     systems = systems_of(setting, routing, scenario.rules, mesh.most, show)
-    slo = Slo(traffic.slo_tpot_s)
+    slo = Slo(traffic.slo_tpot_s, traffic.slo_ttft_s or np.inf)
     demand = Demand(1.0, traffic.prompt, traffic.output)
-    peak = traffic.peak or traffic.peak_share * largest(systems, demand, slo)
-    requests = recorded(scenario.folder / traffic.arrivals, MOST_CONTEXT) if traffic.arrivals else None
-    if requests is None:
+    if traffic.arrivals:
+        requests = recorded(scenario.folder / traffic.arrivals, MOST_CONTEXT)
+        demand = Demand(1.0, float(requests.prompts.mean()), float(requests.outputs.mean()))
+        span, peak = float(requests.times[-1]) + 1, 0.0
+    else:
+        span, peak = traffic.hours * 3600, traffic.peak or traffic.peak_share * largest(systems, demand, slo)
         requests = day(peak, traffic.peak_to_mean, traffic.hours, traffic.prompt, traffic.output, traffic.seed)
-    span = traffic.hours * 3600 if not traffic.arrivals else float(requests.times[-1]) + 1
-    return Day(scenario, systems, requests, demand, slo, int(np.ceil(span / scenario.scaling.window_s)), peak)
+    windows = int(np.ceil(span / scenario.scaling.window_s))
+    peak = peak or float(requests.rates(scenario.scaling.window_s, windows).max())
+    return Day(scenario, systems, requests, demand, slo, windows, peak)
 
 
 def largest(systems: Systems, demand: Demand, slo: Slo) -> float:
@@ -134,11 +138,11 @@ def _outcome(day: Day, system: str, schedule: Schedule, first: Floats, last: Flo
     requests = day.requests
     tpot = (last - first) / np.maximum(1, requests.outputs - 1)
     late = np.where(np.isnan(tpot), np.inf, tpot)
-    kept = late <= day.slo.tpot_s
+    waits = np.where(np.isnan(first), np.inf, first - requests.times)
+    kept = (late <= day.slo.tpot_s) & (waits <= day.slo.ttft_s)
     devices = np.array([schedule.plans[i].devices for i in schedule.used], np.float64)
     span = day.windows * day.scenario.scaling.window_s
     goodput = float(requests.outputs[kept].sum() / span)
-    waits = np.where(np.isnan(first), np.inf, first - requests.times)
     return Simulated(
         system=system,
         gpu_hours=float(schedule.paid.sum() / 3600),

@@ -41,15 +41,18 @@ class Traffic:
     """Requests: drawn for a day with one peak, or read from a trace."""
 
     slo_tpot_s: float
+    """Per token of the output: of means when planning, of each request when judging."""
+    slo_ttft_s: float = 0.0
+    """To the first token; 0: any."""
     arrivals: str = ""
-    """CSV of requests, relative to the scenario; empty: drawn."""
+    """CSV of requests, relative to the scenario, which then says how many tokens they have; empty: drawn."""
     hours: float = 24.0
     peak: float = 0.0
     """Requests per second. 0: ``peak_share`` of what the largest tier of monoliths serves within the limit."""
     peak_share: float = 0.9
     peak_to_mean: float = 7.5
     prompt: float = 16.0
-    """Tokens, mean; what is planned with, and what is drawn with."""
+    """Tokens, mean."""
     output: float = 256.0
     seed: int = 0
 

@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from shared.cli.main import build_app
 from shared.errors import ConfigError
+from shared.models.presets import PRESETS
+from shared.planning.routing import draw, zipf
 from shared.planning.session import Infeasible
+from shared.traces.native import Header, TraceWriter
 from tests.unit.planning_cases import DEEPSEEK_V2
 
 ASK = ["plan", "--model", str(DEEPSEEK_V2), "--slo-tpot-ms", "50", "--rate", "20", "--context", "144", "--prompt", "16"]
@@ -45,6 +49,19 @@ def test_pools_may_have_devices_and_prices_of_their_own() -> None:
     mesh = facts["mesh"]
     assert mesh["price"] == pytest.approx(0.4 * mesh["attention"] + mesh["experts"])
     assert facts["hardware"]["experts"] == "h200"
+
+
+def test_activated_experts_are_counted_in_a_recorded_trace(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(dict(PRESETS["tiny-mixtral"])))
+    trace, rng = tmp_path / "routing.trace", np.random.default_rng(0)
+    with TraceWriter(trace, Header("tiny", "", 8, (0, 1, 2))) as writer:
+        for layer in (0, 1, 2):
+            writer.append(layer, 0, draw(zipf(8, 1.0, rng), 2, 300, rng))
+    ask = ["plan", "--model", str(tmp_path), "--hardware", "l40s", "--slo-tpot-ms", "20", "--rate", "50", "--json"]
+    done = CliRunner().invoke(build_app(), [*ask, "--most", "4", "--trace", str(trace)], catch_exceptions=False)
+    facts = json.loads(done.stdout)
+    assert facts["tables"]["about"] == "routing.trace: 300 rows of 3 layers"
+    assert 2 <= facts["monolith"]["a_max"] <= 8
 
 
 def test_tables_are_written_once_and_read_again(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from services.attention import groups
 from services.attention.exchange import ExpertInstance, Neighbour, View
 from services.attention.groups import Group, Join, Observed
 from services.attention.mesh_exchange import MeshExchange
-from services.attention.ways import SOLO, Gate, Phase, Way, Ways
+from services.attention.ways import APART, SOLO, Gate, Phase, Way, Ways
 from shared.transport.base import FrameKind, Header
 from shared.transport.memory import MemoryNetwork, MemoryTransport
 from tests.unit.toy_experts import HIDDEN, LAYERS, MESH, everywhere, make_exchange, toy_mesh
@@ -202,6 +202,15 @@ def test_the_leader_of_a_group_tells_a_host_that_had_no_part_in_it_what_it_took(
         exchange._choice.exchanged(0.004)
         exchange.end()
         assert exchange._lockstep._observed is None, "the host was there"
+
+
+def test_a_member_tells_what_exchanges_of_its_own_took_also_when_the_host_was_there():
+    with neighbours("a1", a0=OTHER) as (exchange, [host]):
+        apart = group((OTHER, 2), (ME, 3))._replace(way=APART)
+        assert begin(exchange, 3, lambda: told(host, exchange, apart))
+        exchange._choice.exchanged(0.004)
+        exchange.end()
+        assert exchange._lockstep._observed == Observed(5, 2, APART, 0.004)
 
 
 def test_an_idle_host_learns_what_the_ways_that_it_chose_have_taken():

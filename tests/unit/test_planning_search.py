@@ -98,7 +98,7 @@ def test_the_batch_obeys_little_s_law() -> None:
     assert best is not None and best.batch == pytest.approx(CHAT.tokens * best.tpot_s, rel=1e-6)
     idle = find(setting(), replace(CHAT, rate=1e-4), Slo(0.05)).best
     assert idle is not None and idle.batch == 1
-    assert settle(lambda b: 1e-3 * b, 2000, 1)[0] == pytest.approx(1 << 16)
+    assert settle(lambda b, _: 1e-3 * b, 2000, 1)[0] == pytest.approx(1 << 16)
 
 
 def test_more_requests_and_a_tighter_limit_never_cost_less() -> None:
@@ -142,15 +142,15 @@ def test_what_costs_less_is_named_with_the_limit_that_it_breaks() -> None:
 
 
 def test_an_slo_that_nothing_keeps_names_the_limit_and_the_nearest_that_is_kept() -> None:
-    given, slo = setting(), Slo(0.010)
-    found = find(given, CHAT, slo)
+    given, slo = setting(most=12), Slo(0.010)
+    found = find(given, CHAT, slo, 12)
     assert found.best is None and found.binding is not None
     assert found.binding.broken == ["TPOT"]
-    words = infeasible(found, slo, highest_rate(given, space_of(given, 64), CHAT, slo))
+    words = infeasible(found, slo, highest_rate(given, space_of(given, 12), CHAT, slo))
     assert words.startswith("no plan keeps 10 ms per token; TPOT binds: the nearest is ")
     near = float(words.split("--slo-tpot-ms ")[1].split(")")[0].split(",")[0])
-    assert find(given, CHAT, Slo(near / 1e3)).best is not None
-    assert find(given, CHAT, Slo(near / 1e3 - 2e-4)).best is None
+    assert find(given, CHAT, Slo(near / 1e3), 12).best is not None
+    assert find(given, CHAT, Slo(near / 1e3 - 2e-4), 12).best is None
 
 
 def test_a_rate_that_is_too_high_says_what_could_be_served() -> None:

@@ -152,6 +152,11 @@ def test_every_system_serves_a_day_and_pays_for_what_it_uses(short: Day, name: s
     assert done.goodput_device == pytest.approx(done.goodput * 2 / done.gpu_hours)
 
 
+def test_a_limit_of_the_first_token_counts_too(short: Day) -> None:
+    soon = replace(short, slo=replace(short.slo, ttft_s=0.075))
+    assert 0 < simulate(soon, OURS).attainment < simulate(short, OURS).attainment
+
+
 def test_the_same_day_again_is_the_same(short: Day) -> None:
     assert simulate(short, OURS).as_dict() == simulate(short, OURS).as_dict()
 
