@@ -101,9 +101,7 @@ def ways_for(shape: Shape, phase: Phase | None = None, gate: Gate | None = None)
     pays = {Phase.ONE: shape.members > 1, Phase.DIRECT: True, Phase.RELAY: relays}
     ways = [way for way in ALL_WAYS if pays[way.phase] and phase in (None, way.phase) and gate in (None, way.gate)]
     # Where members choose for their own rows alone, experts are read twice: only a slower link can make up for it.
-    return [way for way in ways if gate or far or way != APART] or [
-        SOLO._replace(gate=gate or Gate.EXPERTS)
-    ]
+    return [way for way in ways if gate or far or way != APART] or [SOLO._replace(gate=gate or Gate.EXPERTS)]
 
 
 def predict(way: Way, shape: Shape) -> float:

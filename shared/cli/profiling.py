@@ -1,10 +1,10 @@
-"""What `moemesh profile` measures: meshes of several sizes on this machine, decoding batches of several sizes and contexts."""
+"""What `moemesh profile` measures: meshes of several sizes here, decoding batches of several sizes and contexts."""
 
 import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,11 @@ import numpy as np
 from shared.cli.mesh import LocalMesh, MeshOptions
 from shared.cli.status import look
 from shared.errors import MoemeshError
-from shared.membership import Member
 from shared.messages import Kind
 from shared.planning.fit import Point
 from shared.traces.recorder import Limits, record
 
-OUTPUT = 48
+OUTPUT = 96
 """Tokens of each stream; those that all streams have in common are measured."""
 LEAST_TOKENS = 8
 """Of every stream in the span that is measured."""
@@ -56,6 +55,33 @@ class Counts:
         return Counts(*(a - b for a, b in pairs))
 
 
+@dataclass(frozen=True)
+class Pages:
+    """Where the instances of a mesh show their metrics."""
+
+    attention: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    @classmethod
+    async def of(cls, mesh: LocalMesh) -> "Pages":
+        members, _ = await look(mesh.nats_url, MESH)
+        urls = {kind: tuple(m.heartbeat.url for m in members if m.heartbeat.kind is kind) for kind in Kind}
+        return cls(urls[Kind.ATTENTION], urls[Kind.EXPERTS])
+
+    async def read(self, client: httpx.AsyncClient) -> Counts:
+        """As of now."""
+        attention, experts = [
+            "".join([(await client.get(url + "/metrics")).text for url in urls])
+            for urls in (self.attention, self.experts)
+        ]
+        return Counts(
+            exchanges=total(attention, "exchange_seconds_count"),
+            exchange_s=total(attention, "exchange_seconds_sum"),
+            compute_s=total(experts, "compute_seconds_total"),
+            activations=total(experts, "expert_activations_total"),
+        )
+
+
 async def measure(
     model: str, shapes: Sequence[Shape], settings: dict[str, str], vocab: int, trace: Path | None = None
 ) -> list[Point]:
@@ -67,13 +93,12 @@ async def measure(
         )
         mine = [shape for shape in shapes if shape.experts == experts]
         async with LocalMesh(options) as mesh:
-            stop = asyncio.Event()
-            recording = None
+            pages, stop, recording = await Pages.of(mesh), asyncio.Event(), None
             if trace:
                 recording = asyncio.create_task(record(mesh.nats_url, MESH, trace, stop, Limits()))
                 trace = None  # of one mesh
             for shape in mine:
-                points.append(middle([await one(mesh, shape, vocab, seed) for seed in range(REPEATS)]))
+                points.append(middle([await one(mesh, pages, shape, vocab, seed) for seed in range(REPEATS)]))
             stop.set()
             if recording:
                 await recording
@@ -85,21 +110,19 @@ def middle(points: Sequence[Point]) -> Point:
     return sorted(points, key=lambda point: point.step_s)[len(points) // 2]
 
 
-async def one(mesh: LocalMesh, shape: Shape, vocab: int, seed: int) -> Point:
+async def one(mesh: LocalMesh, pages: Pages, shape: Shape, vocab: int, seed: int) -> Point:
     """One batch. Raises NotMeasured."""
     prompt = max(1, shape.context - OUTPUT // 2)
     ids = np.random.default_rng([seed, shape.batch]).integers(1, vocab, (shape.batch, prompt)).tolist()
     arrivals: list[list[float]] = [[] for _ in ids]
-    limits = httpx.Limits(max_connections=shape.batch)
+    limits = httpx.Limits(max_connections=shape.batch + 1)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client, asyncio.TaskGroup() as tasks:
         for numbers, times in zip(ids, arrivals, strict=True):
             tasks.create_task(stream(client, mesh.url, numbers, times))
-        while not all(arrivals):  # prompts are computed
-            await asyncio.sleep(0.002)
-        before = await counts(client, mesh)
-        while max(map(len, arrivals)) < OUTPUT - 2:
-            await asyncio.sleep(0.002)
-        taken = await counts(client, mesh) - before
+        await until(lambda: all(arrivals))  # prompts are computed
+        before = await pages.read(client)
+        await until(lambda: max(map(len, arrivals)) >= OUTPUT - 4)
+        taken = await pages.read(client) - before
     return point_of(shape, arrivals, taken)
 
 
@@ -135,21 +158,10 @@ async def stream(client: httpx.AsyncClient, url: str, ids: list[int], arrivals: 
                 arrivals += [time.perf_counter()] * tokens
 
 
-async def counts(client: httpx.AsyncClient, mesh: LocalMesh) -> Counts:
-    """As of now."""
-    members, _ = await look(mesh.nats_url, MESH)
-    pages = {m.id: (await client.get(m.heartbeat.url + "/metrics")).text for m in pool(members)}
-    texts = {kind: "\n".join(t for name, t in pages.items() if name.startswith(kind)) for kind in ("attention", "experts")}
-    return Counts(
-        exchanges=total(texts["attention"], "exchange_seconds_count"),
-        exchange_s=total(texts["attention"], "exchange_seconds_sum"),
-        compute_s=total(texts["experts"], "compute_seconds_total"),
-        activations=total(texts["experts"], "expert_activations_total"),
-    )
-
-
-def pool(members: Sequence[Member]) -> Iterator[Member]:
-    return (m for m in members if m.heartbeat.kind in (Kind.ATTENTION, Kind.EXPERTS))
+async def until(condition: Callable[[], bool]) -> None:
+    """Look every other millisecond; a stream that fails ends the wait with its batch."""
+    while not condition():  # noqa: ASYNC110 - what comes in is noted by the streams' tasks
+        await asyncio.sleep(0.002)
 
 
 def total(text: str, metric: str) -> float:

@@ -78,7 +78,7 @@ class Fitted:
 
 
 def fit(points: Sequence[Point], layers: int, moe_layers: int, top_k: int) -> Fitted:
-    """Coefficients, none of them negative, whose relative errors have the least squares.
+    """Coefficients, none of them negative, with the least squares of errors, as shares of a step's time.
 
     Raises ValueError when there are fewer than four points.
     """
@@ -86,30 +86,30 @@ def fit(points: Sequence[Point], layers: int, moe_layers: int, top_k: int) -> Fi
         raise ValueError(f"{len(points)} points are too few for a fit: measure at least 4")
     batch = np.array([p.batch for p in points], float)
     instances = np.array([p.experts for p in points], float)
-    one = np.ones(len(points))
+    one, steps = np.ones(len(points)), np.array([p.step_s for p in points])
     counts = sorted({p.experts for p in points})
     reading = [np.array([p.activated if p.experts == n else 0.0 for p in points]) for n in counts]
     own = np.array([p.expert_s for p in points])
-    experts_s, part_s, *betas = least(own, [one, batch * top_k / instances, *reading])
+    experts_s, part_s, *betas = least(own, [one, batch * top_k / instances, *reading], steps)
     beside = np.array([p.exchange_s for p in points]) - own
-    exchange_s, instance_s, exchange_row_s = least(np.maximum(beside, 1e-6), [one, instances, batch])
-    rest = np.array([p.step_s - moe_layers * p.exchange_s for p in points])
+    exchange_s, instance_s, exchange_row_s = least(beside, [one, instances, batch], steps)
+    rest = steps - moe_layers * np.array([p.exchange_s for p in points])
     positions = layers * batch * np.array([p.context for p in points])
-    step_s, step_row_s, position_s = least(np.maximum(rest, 1e-6), [one, batch, positions])
+    step_s, step_row_s, position_s = least(rest, [one, batch, positions], steps)
     return Fitted(
         layers, moe_layers, top_k, step_s, step_row_s, position_s, experts_s, dict(zip(counts, betas, strict=True)),
         part_s, exchange_s, instance_s, exchange_row_s,
     )  # fmt: skip
 
 
-def least(values: Floats, columns: Sequence[Floats]) -> list[float]:
-    """Coefficients of the columns, none negative, with the least squares of relative errors: the best of all subsets."""
-    scaled = np.stack(columns, axis=1) / values[:, None]
+def least(values: Floats, columns: Sequence[Floats], scale: Floats) -> list[float]:
+    """Coefficients of the columns, none negative, with the least squares of errors / scale: the best of all subsets."""
+    scaled, wanted = np.stack(columns, axis=1) / scale[:, None], values / scale
     best, coefficients = np.inf, np.zeros(len(columns))
     for size in range(1, len(columns) + 1):
         for some in map(list, combinations(range(len(columns)), size)):
-            found, *_ = np.linalg.lstsq(scaled[:, some], np.ones(len(values)), rcond=None)
-            error = float(np.sum((scaled[:, some] @ found - 1) ** 2))
+            found, *_ = np.linalg.lstsq(scaled[:, some], wanted, rcond=None)
+            error = float(np.sum((scaled[:, some] @ found - wanted) ** 2))
             if (found >= 0).all() and error < best - 1e-15:
                 best, coefficients = error, np.zeros(len(columns))
                 coefficients[some] = found
@@ -118,6 +118,4 @@ def least(values: Floats, columns: Sequence[Floats]) -> list[float]:
 
 def errors(fitted: Fitted, points: Sequence[Point], a_max: Sequence[float]) -> list[float]:
     """Relative errors of predicted times per token, signed; ``a_max``: of each point."""
-    return [
-        fitted.tpot(p.experts, p.batch, p.context, a) / p.step_s - 1 for p, a in zip(points, a_max, strict=True)
-    ]
+    return [fitted.tpot(p.experts, p.batch, p.context, a) / p.step_s - 1 for p, a in zip(points, a_max, strict=True)]

@@ -43,7 +43,7 @@ def test_noise_moves_predictions_little(seed: int) -> None:
 
 def test_nothing_is_negative_where_a_straight_fit_would_be() -> None:
     values, falling = np.array([1.0, 2, 3]), np.array([3.0, 2, 1])
-    assert min(least(values, [np.ones(3), falling])) >= 0
+    assert min(least(values, [np.ones(3), falling], values)) >= 0
 
 
 def test_too_few_points_are_refused() -> None:
