@@ -13,6 +13,7 @@ from shared.cli.models import models_app
 from shared.cli.predictor import predictor_app
 from shared.cli.rebalance import rebalance
 from shared.cli.replay import replay
+from shared.cli.scale import scale
 from shared.cli.serve import service_app
 from shared.cli.status import status
 from shared.cli.trace import trace_app
@@ -32,7 +33,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Serve Mixture-of-Experts language models as a mesh of small services.",
     )
-    for command in (up, demo, status, rebalance, replay, complete, chat, doctor):
+    for command in (up, demo, status, scale, rebalance, replay, complete, chat, doctor):
         app.command()(command)
     app.add_typer(service_app(), name="serve")
     app.add_typer(models_app(), name="models")
