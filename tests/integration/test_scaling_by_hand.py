@@ -1,4 +1,4 @@
-"""Scaling pools of a real mesh by hand while it serves: nothing fails, no byte changes, and what cannot be done is said."""
+"""Scaling pools by hand while the mesh serves: nothing fails, no byte changes, and what cannot be done is said."""
 
 import io
 import threading

@@ -24,7 +24,7 @@ GRACE_S = 40
 RUNNING = ("running", "restarting", "paused")
 OWN_CONFIG = ("Hostname", "Domainname", "MacAddress")
 """What each container has for itself."""
-ENDPOINT = ("IPAMConfig", "Links", "DriverOpts")
+ENDPOINT = ("Links", "DriverOpts")
 """What is asked of a network; the rest of an endpoint is what came of it."""
 
 
@@ -98,7 +98,10 @@ class ComposeActuator:
         """A container like the first one, not started; its id."""
         pattern = await self._engine.inspect(first.id)
         name, body, others = alike(pattern, number)
-        created = await self._engine.create(name, body)
+        try:
+            created = await self._engine.create(name, body)
+        except EngineRefused as error:
+            raise ActuatorFailed(f"{error}: {name} cannot be made of image {body['Image']}; is it there?") from error
         try:
             for network, endpoint in others.items():
                 await self._engine.connect(network, created, endpoint)
