@@ -71,7 +71,7 @@ def test_sizes_out_of_range_are_refused(pool: Pool, count: int, words: str):
 
 def test_so_few_expert_instances_that_the_model_does_not_fit_are_refused_but_none_at_all_are_not():
     members = [member(Kind.EXPERTS, slots=2 * 2) for _ in range(2)]
-    with pytest.raises(TooFewSlots, match="1 expert instances with 2 slots .* cannot hold 4 experts: it takes 2"):
+    with pytest.raises(TooFewSlots, match=r"1 expert instances with 2 slots .* cannot hold 4 experts: it takes 2"):
         check(E, 1, members, MODEL)
     check(E, 2, members, MODEL)
     check(E, 0, members, MODEL)
