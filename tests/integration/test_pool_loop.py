@@ -134,6 +134,6 @@ async def test_what_is_desired_is_written_again_when_the_store_has_lost_it(confi
         assert found is not None
         assert await store.delete(Subjects.POOLS_KEY, found[1])
         async with asyncio.timeout(LIMIT_S):
-            while (found := await store.get(Subjects.POOLS_KEY)) is None:
+            while (found := await store.get(Subjects.POOLS_KEY)) is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         assert DesiredPools.decode(found[0]).counts == {E: 2}

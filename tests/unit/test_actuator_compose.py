@@ -101,7 +101,7 @@ def first_container() -> dict[str, Any]:
     ids=["compose 1", "compose 2"],
 )
 def test_a_new_container_has_compose_s_name_and_labels_and_everything_else_of_the_first(name: str, expected: str):
-    pattern = first_container() | {"Name": name}
+    pattern: dict[str, Any] = first_container() | {"Name": name}
     made, body, others = alike(pattern, 12)
     assert made == expected
     assert body["Labels"] == pattern["Config"]["Labels"] | {NUMBER: "12"}
