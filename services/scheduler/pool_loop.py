@@ -23,6 +23,8 @@ from shared.pool_messages import DesiredPools, Scale, ScalePlan, Wish
 from shared.store import Store
 
 LOOK_S = 1.0
+SETTLE_S = 10.0
+"""A scheduler that has just started leaves what was desired before alone for so long: instances may be on their way."""
 WRITES = 3
 """Attempts to write what somebody has asked for, when others write too."""
 
@@ -51,6 +53,8 @@ class PoolLoop:
         self._problems: dict[Pool, str] = {}
         self._changes: Counter[tuple[Pool, str]] = Counter()
         self._changed = asyncio.Event()
+        self._settled_at = time.monotonic() + SETTLE_S
+        self._fresh: set[Pool] = set()  # asked for since this scheduler started
         self._stopping = False
 
     async def start(self) -> None:
@@ -106,6 +110,7 @@ class PoolLoop:
         for pool in counts:
             self._asked.pop(pool, None)
             self._problems.pop(pool, None)
+            self._fresh.add(pool)
         await self._instance.announce()
         self._changed.set()
 
@@ -171,8 +176,10 @@ class PoolLoop:
         await self._follow()
         if self._leader.epoch is None or self._actuator is None or self.desired is None:
             return
-        counts, there = self.desired.counts, present(self._instance.members.all())
-        change = next_change(counts, there, self._asked, time.monotonic())
+        now, there = time.monotonic(), present(self._instance.members.all())
+        settled = now >= self._settled_at
+        counts = {pool: n for pool, n in self.desired.counts.items() if settled or pool in self._fresh}
+        change = next_change(counts, there, self._asked, now)
         if change:
             await self._make(change, self._actuator)
         elif reached := [pool for pool in self._problems if counts.get(pool) == there[pool]]:
@@ -199,7 +206,7 @@ class PoolLoop:
             await actuator.scale(pool, count)
         except ActuatorFailed as error:
             failures = 1 + (before.failures if before and before.count == count else 0)
-            problem = f"{pool}: {count} wanted, failed {failures} times: {error}"
+            problem = f"{pool}: {count} wanted, attempt {failures} failed: {error}"
         self._asked[pool] = Asked(count, time.monotonic(), failures)
         self._changes[pool, "failed" if problem else "made"] += new
         if self.desired and self.desired.counts.get(pool) == count:  # else something else was asked for meanwhile

@@ -141,6 +141,8 @@ class LocalMesh:
             names = self._pool(kind)
             await self._remove(names[count:])
             for name in (f"{kind}-{number}" for number in range(len(names), count)):
+                if self._stopping:
+                    break
                 await self._add(name, [kind])
                 self._keepers[name] = asyncio.create_task(self.children[name].keep_alive())
 

@@ -26,7 +26,7 @@ class NotScaled(MoemeshError):
 
 def scale(
     pool: Annotated[Pool, typer.Argument(help="attention or experts")],
-    count: Annotated[int, typer.Argument(help="instances that there should be", show_default=False)],
+    count: Annotated[int, typer.Argument(max=9999, help="instances that there should be", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would happen")] = False,
     wait: Annotated[float, typer.Option(min=0, help="seconds to wait until they are READY; 0: do not wait")] = 300.0,
     nats: Annotated[

@@ -137,8 +137,8 @@ def print_report(report: dict[str, Any], out: Console) -> None:
             f"{placement['layers']} layers x {placement['experts_per_layer']} experts"
         )
     print_change(report["change"], out)
-    for pool, is_ in report["pools"].items():
-        out.print(f"{pool}: {is_['desired']} wanted, {is_['ready']} ready")
+    for pool, facts in report["pools"].items():
+        out.print(facts["problem"] or f"{pool}: {facts['desired']} wanted, {facts['ready']} ready")
     table = Table("instance", "state", "node", "device", "serves", box=None, header_style="bold")
     table.add_column("url", no_wrap=True, min_width=max((len(row["url"]) for row in report["instances"]), default=0))
     for row in report["instances"]:

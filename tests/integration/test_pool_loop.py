@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from services.scheduler import pool_loop
 from services.scheduler.actuators.base import ActuatorFailed
 from services.scheduler.leader import Leader
 from services.scheduler.pool_loop import PoolLoop
@@ -67,7 +68,7 @@ async def test_a_change_that_fails_is_tried_again_and_told_until_it_is_made(conf
     async with loop(config, "s1", told) as (pools, leader, instance):
         await leader.step()
         await pools.want({E: 2}, "by hand")
-        await until(lambda: "experts: 2 wanted, failed 1 times: no room" in pools.problem)
+        await until(lambda: "experts: 2 wanted, attempt 1 failed: no room" in pools.problem)
         assert instance.heartbeat().pools[0].problem == pools.problem
         await until(lambda: len(told.asked) == 2 and not pools.problem)
         assert told.asked == [(E, 2), (E, 2)]
@@ -95,6 +96,23 @@ async def test_two_pools_are_desired_beside_each_other_with_author_reason_and_ti
         assert pools.page() == {"experts": 2, "attention": 3}
         wish = pools.desired.wishes[A]
         assert (wish.author, wish.reason, wish.time > 1e9) == ("s1", "more requests", True)
+
+
+@pytest.mark.parametrize(("settle_s", "asked"), [(1000.0, [(A, 1)]), (0.0, [(E, 2), (A, 1)])])
+async def test_what_was_desired_before_a_start_waits_for_instances_that_may_be_on_their_way(
+    config: MeshConfig, monkeypatch: pytest.MonkeyPatch, settle_s: float, asked: list[tuple[Pool, int]]
+):
+    async with loop(config, "s1", Told()) as (pools, leader, _):
+        await leader.step()
+        await pools.want({E: 2}, "by hand")
+        await leader.release()
+    monkeypatch.setattr(pool_loop, "SETTLE_S", settle_s)
+    told = Told()
+    async with loop(config, "s2", told) as (pools, leader, _):
+        await leader.step()
+        await pools.want({A: 1}, "by hand")
+        await until(lambda: (A, 1) in told.asked)
+        assert told.asked == asked
 
 
 async def test_who_does_not_lead_writes_nothing_and_asks_nobody(config: MeshConfig):

@@ -150,7 +150,7 @@ def test_an_actuator_that_refuses_leaves_everything_as_it_was_and_status_says_wh
     settings = {"actuator": "compose", "docker_socket": "/nowhere/docker.sock"}
     with running_mesh(attention=1, experts=1, mesh="scale-refused", settings=settings) as mesh:
         before = {name: child.process for name, child in mesh.mesh.children.items()}
-        with pytest.raises(NotScaled, match=r"experts: 2 wanted, failed 1 times: .*there is no /nowhere/docker.sock"):
+        with pytest.raises(NotScaled, match=r"experts: 2 wanted, attempt 1 failed: .*there is no /nowhere/docker.sock"):
             scale(mesh, Pool.EXPERTS, 2)
         report = seen(mesh)
         assert report["pools"]["experts"]["desired"] == 2

@@ -22,6 +22,7 @@ PROJECT, SERVICE, NUMBER, ONE_OFF = (LABEL + name for name in ("project", "servi
 GRACE_S = 40
 """Longer than an instance may drain; compose/common.yaml says the same."""
 RUNNING = ("running", "restarting", "paused")
+LEAVING = ("removing", "dead")
 OWN_CONFIG = ("Hostname", "Domainname", "MacAddress")
 """What each container has for itself."""
 ENDPOINT = ("Links", "DriverOpts")
@@ -122,7 +123,8 @@ class ComposeActuator:
 
 def listed(answer: Sequence[Mapping[str, Any]]) -> list[Container]:
     """Containers as the engine lists them, by number."""
-    found = [Container(c["Id"], int(c["Labels"].get(NUMBER, 0)), c["State"] in RUNNING) for c in answer]
+    there = [c for c in answer if c["State"] not in LEAVING]
+    found = [Container(c["Id"], int(c["Labels"].get(NUMBER, 0)), c["State"] in RUNNING) for c in there]
     return sorted(found, key=lambda c: c.number)
 
 
