@@ -16,6 +16,7 @@ from shared.scheduling.policies import Policy
 
 ENV_PREFIX = "MOEMESH_"
 C = TypeVar("C")
+ActuatorName = Literal["none", "local", "compose", "kubernetes", "external"]
 
 
 def setting(default: Any, help: str) -> Any:
@@ -116,6 +117,19 @@ class SchedulerConfig(MeshConfig):
     target_layer_ms: float = setting(
         0.0, "elastic experts get the fewest homes with which a layer takes so long; 0: as even as memory allows"
     )
+    actuator: ActuatorName = setting(  # noqa: RUF009
+        "none",
+        "who starts and stops instances: none, local (`moemesh up`), compose (Docker Engine), kubernetes "
+        "(Deployments), external (whoever reads /desired or moemesh_desired_instances)",
+    )
+    docker_socket: str = setting("/var/run/docker.sock", "socket of the Docker Engine, for --actuator compose")
+    compose_project: str = setting(
+        "", "project whose services attention and experts are scaled; empty: the scheduler's"
+    )
+    kubernetes_url: str = setting("https://kubernetes.default.svc", "API server, for --actuator kubernetes")
+    kubernetes_namespace: str = setting("", "namespace of the Deployments; empty: that of the service account")
+    attention_deployment: str = setting("moemesh-attention", "Deployment of the attention pool")
+    experts_deployment: str = setting("moemesh-experts", "Deployment of the expert pool")
     policy: Policy = setting(Policy.ACTIVATED, "choice among homes: activated, tokens, random, first")  # noqa: RUF009
 
 

@@ -1,11 +1,12 @@
-"""The small HTTP side of every instance: /metrics for Prometheus, /health and /ready for supervisors.
+"""The small HTTP side of every instance: /metrics for Prometheus, /health and /ready for supervisors, JSON for others.
 
 Runs in threads of its own, so that it answers while the asyncio thread is busy. Serves no requests of users.
 """
 
+import json
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from socketserver import TCPServer, ThreadingMixIn
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,8 @@ STOP_POLL_S = 0.5
 """How often its thread looks whether it should end; each time takes 0.1 ms of a core."""
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+Page = Callable[[], Mapping[str, Any] | None]
+"""What a JSON page says now; None: not known yet."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -40,10 +43,21 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class HttpSide:
-    """Context manager; ``url`` is known once entered. ``ready`` is asked from other threads, so it must only read."""
+    """Context manager; ``url`` is known once entered.
 
-    def __init__(self, host: str, port: int, ready: Callable[[], bool], registry: CollectorRegistry) -> None:
+    ``ready`` and ``pages`` (path -> what it says; may grow) are asked from other threads, so they must only read.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        ready: Callable[[], bool],
+        registry: CollectorRegistry,
+        pages: Mapping[str, Page] | None = None,
+    ) -> None:
         self.url = ""
+        self._pages = {} if pages is None else pages
         self._address = (host, port)
         self._ready = ready
         self._metrics: WsgiApp = make_wsgi_app(registry)
@@ -72,8 +86,10 @@ class HttpSide:
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
             return self._metrics(environ, start_response)
-        status, text = self._status(path)
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))])
+        page = self._pages.get(path)
+        content = "text/plain; charset=utf-8" if page is None else "application/json"
+        status, text = self._status(path) if page is None else _shown(page())
+        start_response(status, [("Content-Type", content), ("Content-Length", str(len(text)))])
         return [text]
 
     def _status(self, path: str) -> tuple[str, bytes]:
@@ -81,4 +97,11 @@ class HttpSide:
             return "200 OK", b"alive\n"
         if path == "/ready":
             return ("200 OK", b"ready\n") if self._ready() else ("503 Service Unavailable", b"not ready\n")
-        return "404 Not Found", b"try /metrics, /health or /ready\n"
+        others = "".join(f", {page}" for page in sorted(self._pages))
+        return "404 Not Found", f"try /metrics, /health{others} or /ready\n".encode()
+
+
+def _shown(values: Mapping[str, Any] | None) -> tuple[str, bytes]:
+    if values is None:
+        return "503 Service Unavailable", b'{"error": "not known yet"}\n'
+    return "200 OK", json.dumps(values).encode() + b"\n"

@@ -22,7 +22,7 @@ from typing import Any, Self
 from shared.bus import Bus
 from shared.config import MeshConfig
 from shared.errors import BusUnavailable, ConfigError, MoemeshError
-from shared.http_side import HttpSide
+from shared.http_side import HttpSide, Page
 from shared.membership import HEARTBEAT_S, Members
 from shared.messages import Heartbeat, Hello, Kind, ModelFacts, State
 from shared.metrics import Sample, sample
@@ -80,6 +80,8 @@ class Instance:
             trace_layers=config.trace_layers,
         )
         """Traces, and the metrics that the HTTP side shows."""
+        self.pages: dict[str, Page] = {}
+        """JSON pages of the HTTP side, by path; asked in other threads."""
         self.model: ModelFacts | None = None
         self._config = config
         self._signals = signals
@@ -109,7 +111,8 @@ class Instance:
         config = self._config
         self._stack.push_async_callback(asyncio.to_thread, self.telemetry.shutdown)
         registry = self.telemetry.registry
-        side = HttpSide(config.metrics_host, config.metrics_port, lambda: self.state is State.READY, registry)
+        host, port = config.metrics_host, config.metrics_port
+        side = HttpSide(host, port, lambda: self.state is State.READY, registry, self.pages)
         self.url = self._stack.enter_context(side).url
         self.bus = await Bus.connect(config.nats, self.id, CONNECT_LIMIT_S)
         self._stack.push_async_callback(self.bus.close)

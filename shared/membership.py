@@ -155,5 +155,5 @@ def _said(heartbeat: Heartbeat) -> tuple[object, ...]:
     placement = heartbeat.attention.placement if heartbeat.attention else 0
     return (
         heartbeat.incarnation, heartbeat.state, heartbeat.url, heartbeat.detail, heartbeat.model, heartbeat.experts,
-        heartbeat.placement, heartbeat.serial, placement,
+        heartbeat.placement, heartbeat.serial, placement, heartbeat.pools,
     )  # fmt: skip

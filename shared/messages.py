@@ -45,6 +45,17 @@ class Kind(StrEnum):
     SCHEDULER = "scheduler"
 
 
+class Pool(StrEnum):
+    """The kinds of which there may be more or fewer, by demand."""
+
+    ATTENTION = "attention"
+    EXPERTS = "experts"
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.value)
+
+
 class State(StrEnum):
     STARTING = "starting"
     READY = "ready"
@@ -155,6 +166,15 @@ class ExpertCosts(Message):
     expert_s: Annotated[float, Field(ge=0)] = 0.0
 
 
+class PoolFacts(Message):
+    """How many instances of a pool there should be, as the leading scheduler sees to it."""
+
+    pool: Pool
+    desired: Count
+    problem: str = ""
+    """Why the last change of its size has failed; empty: it has not."""
+
+
 class Heartbeat(Message):
     """Sent every second by every instance, and at once on a change of state."""
 
@@ -180,6 +200,8 @@ class Heartbeat(Message):
     serial: Count = 0
     """Scheduler only: number of the stored PlacementRecord, so that the others read it."""
     costs: ExpertCosts | None = None
+    pools: tuple[PoolFacts, ...] = ()
+    """Leading scheduler only: pools whose size somebody has asked for."""
 
 
 class Hello(Message):
@@ -213,12 +235,13 @@ class Subjects:
     def __init__(self, mesh: str) -> None:
         self.prefix = f"moemesh.{mesh}"
         self.bucket = f"moemesh-{mesh}"
-        """JetStream key-value bucket for the placement."""
+        """JetStream key-value bucket for what schedulers leave to their successors: placement, sizes of the pools."""
         self.leader_bucket = f"moemesh-{mesh}-leader"
         """Bucket of its own, because its keys expire."""
 
     PLACEMENT_KEY: ClassVar[str] = "placement"
     LEADER_KEY: ClassVar[str] = "leader"
+    POOLS_KEY: ClassVar[str] = "pools"
 
     @property
     def hello(self) -> str:
@@ -244,9 +267,14 @@ class Subjects:
         """Which loads expert instances predict."""
         return f"{self.prefix}.foreseen"
 
-    def scheduler(self, verb: Literal["rebalance", "outcome"]) -> str:
+    def scheduler(self, verb: Literal["rebalance", "outcome", "scale"]) -> str:
         """Answered by the leading scheduler only."""
         return f"{self.prefix}.scheduler.{verb}"
+
+    @property
+    def resize(self) -> str:
+        """Answered by the ``moemesh up`` that has started the mesh."""
+        return f"{self.prefix}.up.resize"
 
     def tokens(self, gateway: str) -> str:
         return f"{self.prefix}.gateway.{gateway}.tokens"

@@ -73,6 +73,11 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "leader_epoch": ("gauge", "Epoch of this scheduler's leadership; 0 while it does not lead."),
     "reconciler_state": ("gauge", "1 for what the scheduler's last round came to, by state."),
     "instances": ("gauge", "Known instances, by kind and state."),
+    "desired_instances": (
+        "gauge",
+        "Instances that there should be, by pool; only pools that somebody has asked for.",
+    ),
+    "pool_changes": ("counter", "Changes of a pool's size that the actuator was asked for, by pool and outcome."),
     "bus_messages": ("counter", "Control messages, by fate: published, or what went wrong with them."),
     "bus_reconnects": ("counter", "Times that the connection to NATS came back."),
     "bus_connected": ("gauge", "1 while NATS is there."),

@@ -1,8 +1,9 @@
-"""The scheduler process: membership in, placement out."""
+"""The scheduler process: membership in, placement and sizes of pools out."""
 
 import asyncio
 import os
 import sys
+from typing import Any
 
 from shared.config import SchedulerConfig, load_config
 from shared.errors import ConfigError
@@ -33,17 +34,28 @@ def check(config: SchedulerConfig) -> None:
 async def serve(config: SchedulerConfig) -> None:
     """Run one scheduler until it is told to stop. Raises ConfigError, BusUnavailable."""
     # Imported here: numba reads the environment that main has set.
+    from services.scheduler.actuators.build import build_actuator
+    from services.scheduler.pool_loop import PoolLoop
     from services.scheduler.reconciler import Reconciler
     from shared.activation import compile_choice
     from shared.elastic.placing import compile_placing
 
     check(config)
     async with Instance(Kind.SCHEDULER, config) as instance:
+        actuator = build_actuator(instance, config)
         reconciler = await Reconciler.start(instance, config)
+        pools = PoolLoop(instance, reconciler.leader, actuator, config.actuator)
+        await pools.start()
+
+        def facts() -> dict[str, Any]:
+            placed = reconciler.facts()
+            return {**placed, **pools.facts(), "detail": "; ".join(filter(None, (placed["detail"], pools.problem)))}
+
         for compiled in (compile_choice, compile_placing):  # seconds, the first time on a host: not when needed
             await asyncio.to_thread(compiled)
-        await instance.ready(reconciler.facts)
+        await instance.ready(facts)
         await instance.until_stopped()
+        await pools.stop()
         await reconciler.stop()
 
 

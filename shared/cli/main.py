@@ -15,6 +15,7 @@ from shared.cli.predictor import predictor_app
 from shared.cli.profile import profile
 from shared.cli.rebalance import rebalance
 from shared.cli.replay import replay
+from shared.cli.scale import scale
 from shared.cli.serve import service_app
 from shared.cli.simulate import simulate
 from shared.cli.status import status
@@ -35,7 +36,8 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Serve Mixture-of-Experts language models as a mesh of small services.",
     )
-    for command in (up, demo, status, rebalance, profile, plan, simulate, replay, complete, chat, doctor):
+    commands = (up, demo, status, scale, rebalance, profile, plan, simulate, replay, complete, chat, doctor)
+    for command in commands:
         app.command()(command)
     app.add_typer(service_app(), name="serve")
     app.add_typer(models_app(), name="models")

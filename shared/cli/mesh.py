@@ -5,7 +5,7 @@ Used by ``moemesh up``, ``moemesh demo``, the tests and the benches.
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -16,16 +16,19 @@ from shared.bus import Bus
 from shared.cli.children import Child, ChildDied, cores
 from shared.cli.owned import living, owned_directory
 from shared.cli.serve import FOLLOW_PARENT
-from shared.errors import MoemeshError
+from shared.errors import MoemeshError, Refused
 from shared.membership import Members
-from shared.messages import Heartbeat, Kind
+from shared.messages import Heartbeat, Kind, Subjects
 from shared.nats_server import NatsServer
+from shared.pool_messages import Resize, Resized
 from shared.priority import CONTROL_NICENESS, halting_costs
 
 NATS_DIRECTORY, ADDRESS = "moemesh-nats-", "address"
 """Temporary directories of NATS servers of ours, and the file there with mesh and URL."""
 READY_LIMIT_S = 600.0
 STOP_LIMIT_S = 40.0
+MOST_PROCESSES = 64
+"""Of a pool on one machine: a larger number is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class LocalMesh:
         self._on_heartbeat = on_heartbeat
         self._stack = AsyncExitStack()
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._scaling = asyncio.Lock()
+        self._stopping = False
 
     async def __aenter__(self) -> Self:
         try:
@@ -105,22 +110,48 @@ class LocalMesh:
         await self._until_ready()
         self._keep_port()
         self._keepers = {name: asyncio.create_task(child.keep_alive()) for name, child in self.children.items()}
+        await self._listen()
+
+    async def _listen(self) -> None:
+        """Do what the scheduler asks for, with ``--actuator local``."""
+        bus = await Bus.connect(self.nats_url, "moemesh-up")
+        self._stack.push_async_callback(bus.close)
+        await bus.subscribe(Subjects(self.options.mesh).resize, Resize, self._resize)
+
+    async def _resize(self, request: Resize) -> Resized:
+        """Raises Refused."""
+        least = 1 if request.pool.kind is Kind.ATTENTION else 0
+        if not least <= request.count <= MOST_PROCESSES:
+            raise Refused("invalid", f"`moemesh up` runs {least} to {MOST_PROCESSES} processes of {request.pool}")
+        await self.scale(request.pool.value, request.count)
+        return Resized(names=tuple(self._pool(request.pool.value)))
+
+    def _pool(self, kind: str) -> list[str]:
+        """Names of a pool's processes, by number."""
+        return sorted((n for n in self.children if n.startswith(f"{kind}-")), key=lambda n: int(n.split("-")[1]))
 
     async def scale(self, kind: str, count: int) -> None:
         """Have so many instances of a pool, "attention" or "experts"; more are started, not waited for.
 
-        Those with the highest numbers are stopped, which lets them drain.
+        Those with the highest numbers are stopped, which lets them drain. Raises Refused while the mesh stops.
         """
-        names = sorted((n for n in self.children if n.startswith(f"{kind}-")), key=lambda n: int(n.split("-")[1]))
-        gone = names[count:]
-        for name in gone:
+        async with self._scaling:
+            if self._stopping:
+                raise Refused("draining", "`moemesh up` is stopping")
+            names = self._pool(kind)
+            await self._remove(names[count:])
+            for name in (f"{kind}-{number}" for number in range(len(names), count)):
+                if self._stopping:
+                    break
+                await self._add(name, [kind])
+                self._keepers[name] = asyncio.create_task(self.children[name].keep_alive())
+
+    async def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
             self._keepers.pop(name).cancel()
-        await asyncio.gather(*(self.children[name].stop(STOP_LIMIT_S) for name in gone))
-        for name in gone:
+        await asyncio.gather(*(self.children[name].stop(STOP_LIMIT_S) for name in names))
+        for name in names:
             del self.children[name]
-        for name in (f"{kind}-{number}" for number in range(len(names), count)):
-            await self._add(name, [kind])
-            self._keepers[name] = asyncio.create_task(self.children[name].keep_alive())
 
     async def _add(self, name: str, argv: list[str]) -> None:
         child = Child(name, [*self.options.python, "serve", *argv], self._environ(name), self._on_line)
@@ -142,6 +173,8 @@ class LocalMesh:
             ours.setdefault("threads", str(threads_for(name, options, cores())))
         if "MOEMESH_CORES" not in os.environ:
             ours.setdefault("cores", cores_for(name, options, sorted(os.sched_getaffinity(0))))
+        if "MOEMESH_ACTUATOR" not in os.environ and name.startswith("scheduler"):
+            ours.setdefault("actuator", "local")
         if "MOEMESH_KEEP_AWAKE" not in os.environ and name.startswith("attention"):
             ours.setdefault("keep_awake", str(halting_costs()).lower())  # expert instances share its cores
         variables = {f"MOEMESH_{k.upper()}": v for k, v in ours.items()} | {FOLLOW_PARENT: "1"}
@@ -192,6 +225,7 @@ class LocalMesh:
 
     async def stop(self) -> None:
         """Drain: first the gateway (it finishes its streams), then the rest together, then NATS."""
+        self._stopping = True
         for keeper in self._keepers.values():
             keeper.cancel()
         gateways = [c for name, c in self.children.items() if name.startswith("gateway")]

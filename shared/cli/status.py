@@ -59,6 +59,7 @@ def describe(members: list[Member], record: PlacementRecord | None) -> dict[str,
     return {
         "placement": describe_placement(record.committed) if record and record.committed else None,
         "change": describe_change(record, members) if record else None,
+        "pools": describe_pools(members),
         "instances": [describe_member(m) for m in sorted(members, key=lambda m: (m.heartbeat.kind, m.heartbeat.id))],
     }
 
@@ -86,6 +87,20 @@ def describe_change(record: PlacementRecord, members: list[Member]) -> dict[str,
         "reason": new.reason if new else "",
         "waits_for": waits_for(record, members),
         "last": record.verdict,
+    }
+
+
+def describe_pools(members: list[Member]) -> dict[str, Any]:
+    """Pools whose size somebody has asked for: how many there should be and are, and why a change has failed."""
+    facts = [facts for member in members for facts in member.heartbeat.pools]
+    kinds = [member.heartbeat.kind for member in members if member.ready]
+    return {
+        fact.pool.value: {
+            "desired": fact.desired,
+            "ready": kinds.count(fact.pool.kind),
+            "problem": fact.problem,
+        }
+        for fact in facts
     }
 
 
@@ -122,6 +137,8 @@ def print_report(report: dict[str, Any], out: Console) -> None:
             f"{placement['layers']} layers x {placement['experts_per_layer']} experts"
         )
     print_change(report["change"], out)
+    for pool, facts in report["pools"].items():
+        out.print(facts["problem"] or f"{pool}: {facts['desired']} wanted, {facts['ready']} ready")
     table = Table("instance", "state", "node", "device", "serves", box=None, header_style="bold")
     table.add_column("url", no_wrap=True, min_width=max((len(row["url"]) for row in report["instances"]), default=0))
     for row in report["instances"]:

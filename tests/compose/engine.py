@@ -144,8 +144,9 @@ class Engine:
         return done.stdout
 
     def compose(self, *arguments: str, limit_s: float = 180) -> str:
-        """``docker-compose`` with the CPU file."""
-        return self.command("docker-compose", "-f", "compose/compose.cpu.yaml", *arguments, limit_s=limit_s)
+        """``docker-compose`` with the CPU file; its scheduler may use this engine."""
+        files = (option for name in ("cpu", "scale") for option in ("-f", f"compose/compose.{name}.yaml"))
+        return self.command("docker-compose", *files, *arguments, limit_s=limit_s)
 
     def ask(self, url: str, body: Mapping[str, Any] | None = None, limit_s: float = 60) -> tuple[int, str]:
         """GET, or POST of a JSON body, from the engine's host; (status, text), status 0 when nobody answers."""
@@ -164,6 +165,9 @@ class Engine:
         settings = {"DOCKER_HOST": self._socket, "DOCKER_BUILDKIT": "0", "COMPOSE_PROJECT_NAME": "mesh"}
         kept = {"PATH": os.environ["PATH"], "HOME": str(self.home)}
         ours = {"MOEMESH_IMAGE": IMAGE, "MOEMESH_MEMLOCK": str(resource.getrlimit(resource.RLIMIT_MEMLOCK)[1])}
+        socket = self.home / "docker.sock"
+        if socket.exists():
+            ours |= {"DOCKER_SOCKET": str(socket), "DOCKER_GROUP": str(socket.stat().st_gid)}
         where = self.context if self.context.exists() else self.home
         return subprocess.run(
             command, env=kept | settings | ours, cwd=where, capture_output=True, text=True, timeout=limit_s, check=False

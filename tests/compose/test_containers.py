@@ -72,6 +72,33 @@ def test_a_mesh_of_containers_serves_and_scales_from_two_to_three_expert_instanc
     assert user != "0"
 
 
+def scale(engine: Engine, pool: str, count: int) -> str:
+    """What a person sees of ``moemesh scale`` inside the mesh, once it is done."""
+    return engine.compose("exec", "-T", "gateway", "moemesh", "scale", pool, str(count), "--wait", "150", limit_s=240)
+
+
+def running(engine: Engine, service: str) -> list[str]:
+    """Names of a service's running containers, as compose knows them."""
+    ids = engine.compose("ps", "--quiet", service).split()
+    found = engine.command("docker", "inspect", "--format", "{{.Name}} {{.State.Running}}", *ids).splitlines()
+    return sorted(line.split()[0].lstrip("/") for line in found if line.endswith("true"))
+
+
+def test_the_scheduler_starts_and_stops_containers_and_compose_takes_them_for_its_own(mesh: Engine):
+    until(mesh, "ready", lambda: mesh.ask(f"{URL}/ready", limit_s=5)[0] == 200)
+    first, before = complete(mesh), running(mesh, "experts")
+    assert "experts: 3 ready" in scale(mesh, "experts", 3)
+    assert running(mesh, "experts") == [*before, before[0][:-1] + "3"]
+    assert "attention: 2 ready" in scale(mesh, "attention", 2)
+    assert complete(mesh) == first
+    assert "experts: 0 ready" in scale(mesh, "experts", 0)
+    until(mesh, "without experts", lambda: not running(mesh, "experts"))
+    assert "experts: 1 ready" in scale(mesh, "experts", 1)
+    assert running(mesh, "experts") == before[:1]
+    assert "attention: 1 ready" in scale(mesh, "attention", 1)
+    assert complete(mesh) == first
+
+
 def test_one_image_explains_every_service(engine: Engine):
     text = engine.command("docker", "run", "--rm", "--network", "none", "moemesh-test", "--help")
     assert all(kind in text for kind in ("gateway", "attention", "experts", "scheduler"))

@@ -56,6 +56,13 @@ def test_every_gpu_is_offered_to_every_instance_that_computes():
     assert not any("deploy" in service for service in resolved("compose.cpu.yaml").values())
 
 
+def test_the_engine_s_socket_is_an_option_for_the_scheduler_alone():
+    (kind, service), *others = load("compose.scale.yaml").items()
+    assert (kind, others) == ("scheduler", [])
+    assert service["environment"] == {"MOEMESH_ACTUATOR": "compose"}
+    assert service["volumes"] == ["${DOCKER_SOCKET:-/var/run/docker.sock}:/var/run/docker.sock"]
+
+
 def test_rdma_devices_are_an_option():
     assert set(load("compose.rdma.yaml")) == WORKERS
     assert all(s == {"devices": ["/dev/infiniband:/dev/infiniband"]} for s in load("compose.rdma.yaml").values())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (
-    "services/gateway", "services/attention", "services/experts", "services/scheduler", "shared", "shared/transport",
+    "services/gateway", "services/attention", "services/experts", "services/scheduler",
+    "services/scheduler/actuators", "shared", "shared/transport",
     "shared/models", "shared/models/families", "shared/kernels", "shared/scheduling", "shared/placement",
     "shared/planning", "shared/elastic", "shared/predictors", "shared/replay", "shared/simulation", "shared/traces",
     "shared/cli", "bench",
