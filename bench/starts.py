@@ -25,6 +25,7 @@ from premise import calls
 from shared.kernels.threads import thread_environment
 
 if TYPE_CHECKING:
+    from shared.kernels.weights import Weight
     from shared.models.loader import Checkpoint
 
 STARTS, SLOTS = 48, 24
@@ -52,7 +53,7 @@ class Starter:
 
         opened = open_checkpoint(model)
 
-        def read(checkpoint: "Checkpoint", layer: int, expert: int) -> tuple[object, ...]:
+        def read(checkpoint: "Checkpoint", layer: int, expert: int) -> "tuple[Weight, ...]":
             return expert_weights(checkpoint, layer, expert, torch.device("cpu"), torch.float32)
 
         self.spec, like = opened.spec, read(opened, opened.spec.moe_layers[0], 0)

@@ -40,8 +40,10 @@ class Moemesh:
         self._known = work.known if self.parts.predictor else np.zeros_like(work.known)
         self.pool = first_pool(work, inputs, residents_of(work, inputs, settings))
         self._planner = Planner(work, inputs, settings, self._known)
-        keep = {"fallback": settings.keep_s, "start_s": inputs.warm_s, "worth_s": settings.worth_s, "tail": 0.999}
-        self._keep = Histogram(work.loads.shape[1], work.experts, **keep)
+        layers, keep_s = work.loads.shape[1], settings.keep_s
+        self._keep = Histogram(
+            layers, work.experts, keep_s, start_s=inputs.warm_s, worth_s=settings.worth_s, tail=0.999
+        )
         self._next = 0.0
 
     def step(self, index: int, now: float) -> Spent:

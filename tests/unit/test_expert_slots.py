@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.kernels.weights import Fp8Blocks
+from shared.kernels.weights import Fp8Blocks, Weight
 from shared.models.slots import DeviceSlots, HostSlots, SlotsMismatch, let_go, tensors_of
 
 
@@ -63,7 +63,8 @@ def test_a_freed_slot_gives_its_pages_back():
 @pytest.mark.parametrize("numbers", [100, 300_000, 700_000])
 def test_a_freed_slot_takes_nothing_of_those_that_are_taken(numbers: int) -> None:
     """Also where slots share a page, huge ones included."""
-    slots, rng, held = HostSlots(5, [torch.ones(numbers)]), random.Random(0), {}
+    slots, rng = HostSlots(5, [torch.ones(numbers)]), random.Random(0)
+    held: dict[int, tuple[Weight, int]] = {}
     for turn in range(60):
         slot = rng.randrange(5)
         if slot in held:
@@ -71,8 +72,8 @@ def test_a_freed_slot_takes_nothing_of_those_that_are_taken(numbers: int) -> Non
             slots.free(slot)
         else:
             slots.take(slot)
-            held[slot] = slots.fill(slot, [torch.full((numbers,), float(turn))]), turn
-        for (weight,), value in held.values():
+            held[slot] = slots.fill(slot, [torch.full((numbers,), float(turn))])[0], turn
+        for weight, value in held.values():
             assert isinstance(weight, torch.Tensor)
             assert (weight == value).all()
 
