@@ -125,6 +125,8 @@ def read_segments(header: Header, meta: Bytes, sender: int) -> list[tuple[int, i
     if not header.flags:
         return [(sender, header.rows)]
     size = (header.flags & ~SUMS) * SEGMENT.itemsize
+    if not size:
+        raise BadFrame("sums without a segment that says of which parts")
     if header.rows * PARTS.itemsize + size > len(meta):
         raise BadFrame("a merged reply is too short for its segments")
     found = [(int(instance), int(parts)) for instance, parts in meta[len(meta) - size :].view(SEGMENT).tolist()]

@@ -9,7 +9,7 @@ import torch
 
 from services.attention.groups import Group, Observed
 from services.attention.targets import Targets
-from services.attention.ways import NEAR, SOLO, Link, Node, Shape, Way, Ways, link_of
+from services.attention.ways import APART, NEAR, SOLO, Link, Node, Shape, Way, Ways, link_of
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Transport
 
 FIRST_S, PATIENCE_S = 0.05, 0.2
@@ -98,6 +98,8 @@ class WayChoice:
         """By live mask, until the next update."""
         self._shape: Shape | None = None
         self._seconds: list[float] = []
+        self._told: dict[Shape, list[float]] = {}
+        """What members' exchanges of their own have taken, until all of them have told."""
         self.way = SOLO
         """Of the step that is under way."""
 
@@ -153,12 +155,22 @@ class WayChoice:
         if shape is None or not self._seconds:
             return None
         seconds = (median if undisturbed else fmean)(self._seconds)
-        self.ways.observe(shape, self.way, seconds)
+        self._observe(shape, self.way, seconds)
         return Observed(shape.rows, shape.members, self.way, seconds)
 
     def learn(self, observed: Observed) -> None:
-        """A group that met here went without us."""
-        self.ways.observe(self._shape_of(observed.rows, observed.members), observed.way, observed.seconds)
+        """A group that met here went without us, or a member's exchanges were its own."""
+        self._observe(self._shape_of(observed.rows, observed.members), observed.way, observed.seconds)
+
+    def _observe(self, shape: Shape, way: Way, seconds: float) -> None:
+        """Where exchanges are the members' own, the slowest of them is what a step waits for."""
+        if way == APART and shape.members > 1:
+            told = self._told.setdefault(shape, [])
+            told.append(seconds)
+            if len(told) < shape.members:
+                return
+            seconds = max(self._told.pop(shape))
+        self.ways.observe(shape, way, seconds)
 
     def _shape_of(self, rows: int, members: int) -> Shape:
         """Of an exchange that asks all live instances."""

@@ -86,6 +86,8 @@ class Sum:
 
     def _add_sums(self, replies: Sequence[Reply], homes: NDArray[np.uint64], x: Tensor) -> str:
         """The same where rows are sums. No part may be missing or doubled here either."""
+        if not all(reply.sums for reply in replies):
+            return "some instances have answered with sums and some with parts"
         self.chosen = self._arrangement.experts(len(x))
         problem = self._arrangement.fill(len(x), [meta for reply in replies for meta in reply.metas()], homes)
         tokens = [np.unique(reply.parts()["token"]).astype(np.int64) for reply in replies]

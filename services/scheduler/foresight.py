@@ -36,6 +36,8 @@ class Foresight:
         if not np.isfinite(loads).all() or (loads < 0).any():
             raise BadMessage("Foreseen", "a load is negative or not a finite number")
         reports = self._reports.setdefault((message.layer, message.instance), deque())
+        if reports and len(reports[0][2]) != message.experts:  # it has come back with another model
+            reports.clear()
         reports.append((now, message.exchanges, loads))
         _forget(reports, now)
 
@@ -45,8 +47,11 @@ class Foresight:
         None: nothing was foreseen lately. ``layer``: checkpoint index.
         """
         best: deque[Report] = deque()
-        for (of, _), reports in self._reports.items():
+        for name, reports in list(self._reports.items()):
+            of, _ = name
             _forget(reports, now)
+            if not reports:
+                del self._reports[name]
             same = of == layer and reports and len(reports[0][2]) == experts
             if same and sum(r[1] for r in reports) > sum(r[1] for r in best):
                 best = reports

@@ -5,6 +5,9 @@ import logging
 import time
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from services.scheduler.foresight import Foresight
 from services.scheduler.rebalance import Costs, Move
 from services.scheduler.scaling import Loads, Room, followed
@@ -16,10 +19,16 @@ from shared.load_messages import Foreseen
 from shared.membership import Member
 from shared.messages import Placement
 
-LATEST = 128
-"""Exchanges that were activated last: what counts for layers that nothing is foreseen for."""
+LATEST, TOGETHER = 128, 16
+"""Exchanges that were activated last, and how many make a sample: what counts where nothing is foreseen."""
 
 log = logging.getLogger(__name__)
+
+
+def samples_of(active: NDArray[np.bool_]) -> Loads:
+    """Means [samples, experts] of TOGETHER exchanges, from all of the time, of active bool [exchanges, experts]."""
+    count = max(1, len(active) // TOGETHER)
+    return np.stack([active[first::count].mean(axis=0) for first in range(count)])
 
 
 class Scaler:
@@ -54,7 +63,7 @@ class Scaler:
         if foreseen:
             return foreseen
         seen = self._window.seen(layer, experts, now)
-        return (seen.active[-LATEST:].astype(float), seen.rate) if seen else None
+        return (samples_of(seen.active[-LATEST:]), seen.rate) if seen else None
 
     def _foreseen(self, message: Foreseen) -> None:
         try:

@@ -46,13 +46,16 @@ class Room:
     layers: int
     target: float = 0.0
     """Activated experts on the busiest instance that are few enough; 0: as even as homes can make it."""
+    broken: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """(Layer, expert) that cannot be started, of each instance."""
 
     @classmethod
     def of(cls, members: Sequence[Member], layers: int, target_s: float, costs: Costs) -> "Room":
         """``target_s``: of a layer's experts; not known to be met before an exchange was measured."""
         facts = [m.heartbeat.experts.elastic if m.heartbeat.experts else None for m in members]
         target = target_s / costs.expert_s if costs.expert_s else 0.0
-        return cls(tuple(fact.slots if fact else 0 for fact in facts), layers, target)
+        slots = tuple(fact.slots if fact else 0 for fact in facts)
+        return cls(slots, layers, target, tuple(fact.broken if fact else () for fact in facts))
 
     def homes(self, experts: int) -> int:
         """Of one layer, all instances together."""
@@ -70,7 +73,10 @@ def elastic(members: Sequence[Member]) -> bool:
 
 
 def followed(placement: Placement, look: Look, room: Room, costs: Costs) -> list[Move]:
-    """New homes for every layer where they gain more than they cost, or serve as well with less memory."""
+    """New homes for every layer where they gain more than they cost, or serve as well with less memory.
+
+    They are made for every other sample and judged by the rest: what is fitted to noise gains nothing there.
+    """
     count, moves, fewer = len(placement.instances), [], []
     for index, masks in enumerate(homes_array(placement).astype(np.uint64)):
         found = look(placement.moe_layers[index])
@@ -78,9 +84,11 @@ def followed(placement: Placement, look: Look, room: Room, costs: Costs) -> list
             continue
         loads, rate = found
         before = to_residents(masks, count)
-        after = layer_homes(loads, before, room)
-        homes = to_masks(after)
-        busy = busiest(loads, before), busiest(loads, after)
+        after = layer_homes(loads[::2], before, room)
+        if (after & ~before & closed_to(placement.moe_layers[index], room, after.shape)).any():
+            continue  # who cannot start an expert is no home for it
+        homes, judged = to_masks(after), loads[1::2] if len(loads) > 1 else loads
+        busy = busiest(judged, before), busiest(judged, after)
         move = Move(index, homes, moved_replicas(masks, homes), *busy, rate)
         if busy[1] < busy[0] * (1 - LEAST_GAIN) and move.pays(costs, HORIZON_S):
             moves.append(move)
@@ -90,6 +98,14 @@ def followed(placement: Placement, look: Look, room: Room, costs: Costs) -> list
     if given_up > FEWER * int(np.bitwise_count(homes_array(placement)).sum()):
         moves += [move for _, move in fewer]
     return moves
+
+
+def closed_to(layer: int, room: Room, shape: tuple[int, ...]) -> Residents:
+    """bool [instances, E]: which experts of a layer (checkpoint index) cannot be started where."""
+    closed = np.zeros(shape, np.bool_)
+    for instance, broken in enumerate(room.broken):
+        closed[instance, [expert for of, expert in broken if of == layer and expert < shape[1]]] = True
+    return closed
 
 
 def layer_homes(loads: Loads, before: Residents, room: Room) -> Residents:
@@ -114,7 +130,14 @@ def _placed(loads: Loads, before: Residents, room: Room, most: int) -> Residents
     count = len(before)
     rules = scaling.Rules(slots=most, instances=count, replica_rows=LEAST_LOAD)
     counts = scaling.moemesh(loads.mean(axis=0), before.sum(axis=0), rules)
-    return placing.moemesh(loads, counts, room.of_instances(int(counts.sum())), before)
+    while True:
+        free = np.minimum(room.of_instances(int(counts.sum())), loads.shape[1])
+        try:
+            return placing.moemesh(loads, counts, free, before)
+        except ValueError:  # some instances are so small that not every expert finds as many as it should have
+            if counts.max() == 1:
+                return before
+            counts = np.minimum(counts, counts.max() - 1)
 
 
 def busiest(loads: Loads, homes: Residents) -> float:

@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import httpx
@@ -143,7 +143,8 @@ class LocalMesh:
             for name in (f"{kind}-{number}" for number in range(len(names), count)):
                 if self._stopping:
                     break
-                await self._add(name, [kind])
+                argv = service_arguments(replace(self.options, **{kind: max(1, count) if self.options.experts else 0}))
+                await self._add(name, argv[name])
                 self._keepers[name] = asyncio.create_task(self.children[name].keep_alive())
 
     async def _remove(self, names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ they count for nobody; they stay in the page cache, the host memory from which a
 import ctypes
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,7 +103,8 @@ class HostSlots:
         self._memory = everything[self._skip : self._skip + size]
         self._address = self._memory.data_ptr()
         if self._page == HUGE:
-            self._map.madvise(mmap.MADV_HUGEPAGE, self._skip, size)
+            with suppress(OSError):  # a kernel without them: small pages do as well, but slower
+                self._map.madvise(mmap.MADV_HUGEPAGE, self._skip, size)
         self._taken = np.zeros(count, np.bool_)
         self._weights = [self._views(slot) for slot in range(count)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.compose.engine import Engine
+from tests.compose.engine import CommandFailed, Engine
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
 
@@ -22,9 +22,17 @@ def mesh(engine: Engine) -> Iterator[Engine]:
     try:
         engine.compose("up", "--detach", "--no-build", "--scale", "experts=2")
         yield engine
-        print(engine.compose("logs", "--no-color", "--tail", "40"))
+        print(logs(engine))
     finally:
         engine.compose("down", "--volumes", "--timeout", "20")
+
+
+def logs(engine: Engine) -> str:
+    """Of all containers, as far as they can be had: compose gives up when one of them goes while it reads."""
+    try:
+        return engine.compose("logs", "--no-color", "--tail", "40")
+    except CommandFailed as failed:
+        return str(failed)
 
 
 def until(engine: Engine, what: str, holds: Callable[[], bool]) -> None:
@@ -32,8 +40,7 @@ def until(engine: Engine, what: str, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + READY_LIMIT_S
     while not holds():
         if time.monotonic() > deadline:
-            logs = engine.compose("logs", "--no-color", "--tail", "40")
-            pytest.fail(f"not {what} within {READY_LIMIT_S:.0f} s:\n{engine.compose('ps')}\n{logs}")
+            pytest.fail(f"not {what} within {READY_LIMIT_S:.0f} s:\n{engine.compose('ps')}\n{logs(engine)}")
         time.sleep(0.5)
 
 

@@ -9,11 +9,24 @@ import torch
 
 from services.attention import groups
 from services.attention.ways import Gate, Phase
-from shared.transport.base import FrameKind
+from services.experts.answers import Refused
+from shared.errors import BadFrame
+from shared.exchange_frames import SUMS, Flag, read_segments
+from shared.transport.base import FrameKind, Header
 from shared.transport.faults import Faults, Rates
 from shared.transport.memory import MemoryNetwork
 from tests.unit.toy_elastic import elastic_with
-from tests.unit.toy_experts import LAYERS, ToyMesh, everywhere, random_rows, round_robin, toy_mesh
+from tests.unit.toy_experts import (
+    HIDDEN,
+    LAYERS,
+    MESH,
+    ToyMesh,
+    everywhere,
+    make_placement,
+    random_rows,
+    round_robin,
+    toy_mesh,
+)
 from tests.unit.toy_groups import group_mesh
 
 WAYS = list(itertools.product(Phase, Gate))
@@ -75,6 +88,25 @@ def test_experts_that_come_and_go_answer_with_sums_too() -> None:
     with toy_mesh(round_robin(2), make_elastic=elastic_with(2), partial=True, **options) as mesh:
         for seed in range(12):
             check(mesh, seed, rows=9)
+
+
+def test_an_instance_that_the_placement_does_not_name_refuses_and_lives_on() -> None:
+    with toy_mesh(everywhere(2), partial=True) as mesh:
+        stranger = make_placement(everywhere(2), ["x", "y"], version=2)
+        mesh.adopt(mesh.placement, stranger)
+        known = mesh.instances[0].server._placements[2]
+        assert known.instance < 0
+        header = Header(
+            FrameKind.DISPATCH, MESH, 900, 1, placement=2, layer=LAYERS[0], columns=HIDDEN, flags=Flag.PARTIAL
+        )
+        with pytest.raises(Refused, match="no homes here"):
+            mesh.instances[0].server._judge(header)
+
+
+def test_sums_of_nobody_are_malformed() -> None:
+    header = Header(FrameKind.COMBINE, MESH, 1, 1, flags=SUMS)
+    with pytest.raises(BadFrame, match="without a segment"):
+        read_segments(header, np.zeros(8, np.uint8), 0)
 
 
 def test_an_exchange_without_rows_is_answered() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from services.experts.foresight import LoadSums
 from services.scheduler.foresight import OLDEST_S, ROW, Foresight
 from services.scheduler.rebalance import Costs, Move
+from services.scheduler.scaler import samples_of
 from services.scheduler.scaling import Room, busiest, followed, layer_homes
 from shared.errors import BadMessage
 from shared.load_messages import Foreseen
@@ -124,6 +125,43 @@ def test_homes_that_do_not_help_any_more_are_given_up() -> None:
     after = homes_after(moves, 2)
     assert (after[:, 4:].sum(axis=0) == 1).all()
     assert after[:, :4].all(), "what would hold the layer up keeps its homes"
+
+
+def test_instances_of_unequal_memory_get_as_many_homes_as_fit() -> None:
+    rng = np.random.default_rng(0)
+    before = np.zeros((3, 64), np.bool_)
+    before[rng.integers(2, size=64), np.arange(64)] = True
+    room = Room(slots=(1664, 1664, 208), layers=26)
+    after = layer_homes(rng.random((4, 64)) ** 4, before, room)
+    assert after.any(axis=0).all()
+    assert (after.sum(axis=1) <= np.maximum(room.of_instances(int(after.sum())), before.sum(axis=1))).all()
+
+
+def test_what_only_noise_has_made_busy_stays_where_it_is() -> None:
+    """Popularity is even; every look sees other samples of it."""
+    rng, before = np.random.default_rng(1), np.tile(np.eye(4, dtype=np.bool_), 16)
+    looks = [samples_of(rng.random((128, 64)) < 0.2) for _ in range(20)]
+    moved = [moves_for(loads, before, Room(slots=(16,) * 4, layers=1)) for loads in looks]
+    assert sum(map(bool, moved)) <= 5
+
+
+def test_no_expert_gets_a_home_where_it_cannot_be_started() -> None:
+    loads, before = np.array([[1.0, 1, 0, 0]]), np.array([[1, 1, 0, 0], [0, 0, 1, 1]], np.bool_)
+    room = Room(slots=(4, 4), layers=1)
+    assert moves_for(loads, before, room)
+    broken = tuple((LAYER, expert) for expert in range(4))
+    assert not moves_for(loads, before, Room(slots=(4, 4), layers=1, broken=((), broken)))
+    other = tuple((LAYER + 1, expert) for expert in range(4))
+    assert moves_for(loads, before, Room(slots=(4, 4), layers=1, broken=((), other)))
+
+
+def test_an_instance_that_comes_back_with_another_model_is_heard_anew() -> None:
+    foresight = Foresight()
+    foresight.add(foreseen([1.0, 1.0]), now=0)
+    foresight.add(foreseen([1.0, 0.0, 0.0]), now=1)
+    foresight.add(foreseen([1.0, 0.0, 0.0]), now=2)
+    seen = foresight.seen(LAYER, 3, now=2)
+    assert seen and seen[0].shape == (2, 3)
 
 
 def test_a_target_time_is_met_with_the_fewest_homes_that_do() -> None:

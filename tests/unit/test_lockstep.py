@@ -213,6 +213,16 @@ def test_a_member_tells_what_exchanges_of_its_own_took_also_when_the_host_was_th
         assert exchange._lockstep._observed == Observed(5, 2, APART, 0.004)
 
 
+def test_a_step_of_exchanges_of_their_own_takes_as_long_as_the_slowest_member():
+    with neighbours("a0", a1=OTHER) as (exchange, _):
+        exchange.use(Ways())
+        seen: list[float] = []
+        exchange._choice.ways.observe = lambda shape, way, seconds: seen.append(seconds)
+        for seconds in (0.001, 0.003, 0.004, 0.002):
+            exchange._choice.learn(Observed(5, 2, APART, seconds))
+        assert seen == [0.003, 0.004]
+
+
 def test_an_idle_host_learns_what_the_ways_that_it_chose_have_taken():
     with neighbours("a0", a1=OTHER) as (exchange, [member]):
         exchange.use(Ways())
