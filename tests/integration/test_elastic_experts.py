@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -65,20 +64,6 @@ def test_a_budget_below_one_row_is_refused_with_the_least_that_works():
         running_mesh({}, attention=1, experts=1, mesh="elastic-small", settings={"expert_memory": "300kB"}),
     ):
         pass
-
-
-def test_the_pool_goes_to_no_instance_and_back_and_requests_wait_for_it(alone) -> None:
-    settings = {"expert_memory": "12MB", "no_home_deadline": "120"}
-    with (
-        running_mesh({}, attention=1, experts=1, mesh="to-none", settings=settings) as mesh,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        assert outputs(mesh, BODIES) == alone
-        mesh.call(mesh.mesh.scale("experts", 0))
-        assert not [name for name in mesh.mesh.children if name.startswith("experts")]
-        waiting = pool.submit(outputs, mesh, BODIES)
-        mesh.call(mesh.mesh.scale("experts", 1))
-        assert waiting.result(120) == alone
 
 
 def placement_of(mesh: RunningMesh) -> Placement:
