@@ -126,7 +126,7 @@ def show(title: str, found: dict[int, dict[str, Plan | None]]) -> None:
 
 
 def scaled(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
-    """The catalogue with each share, overhead and link halved and doubled."""
+    """The catalogue with each share (that of links, too) and overhead halved and doubled."""
     for factor in FACTORS:
         for group in ("shares", "overheads"):
             for name, value in vars(getattr(hardware, group)).items():

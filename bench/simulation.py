@@ -10,12 +10,12 @@ halved and doubled, the same for every system and the same requests. The last li
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import Bar, report
+from planning import scaled
 
 from shared.planning.assemble import assemble
 from shared.planning.hardware import Hardware, load_hardware
@@ -27,7 +27,6 @@ from shared.simulation.run import Day, Simulated, prepare, scheduled, simulate
 from shared.simulation.scenario import load_scenario
 
 PAPER = Path(__file__).parent / "configs" / "paper.toml"
-FACTORS = (0.5, 2.0)
 MILLION = 1e6
 
 
@@ -58,16 +57,6 @@ def run(title: str, day: Day, plots: Path | None) -> dict[str, Simulated]:
 def rows(outcomes: dict[str, Simulated]) -> dict[str, Any]:
     """For JSON, without the devices of every window."""
     return {name: {k: v for k, v in row.as_dict().items() if k != "devices"} for name, row in outcomes.items()}
-
-
-def scaled(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
-    """The catalogue with each share and overhead halved and doubled."""
-    for factor in FACTORS:
-        for group in ("shares", "overheads"):
-            for name, value in vars(getattr(hardware, group)).items():
-                if name != "memory":
-                    other = replace(getattr(hardware, group), **{name: value * factor})
-                    yield f"{name} x {factor:g}", replace(hardware, **{group: other})
 
 
 def sensitivity(day: Day, hardware: Hardware) -> dict[str, dict[str, float]]:
