@@ -18,10 +18,10 @@ from common import Bar, report
 from planning import scaled
 
 from shared.planning.assemble import assemble
+from shared.planning.deciding import Unservable
 from shared.planning.hardware import Hardware, load_hardware
 from shared.planning.rivals import BALANCED, COARSE, NAMES, OURS, TIERS
 from shared.planning.sizes import read_sizes
-from shared.simulation.decisions import Unservable
 from shared.simulation.plot import plot_day
 from shared.simulation.run import Day, Simulated, prepare, scheduled, simulate
 from shared.simulation.scenario import load_scenario

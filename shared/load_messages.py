@@ -1,10 +1,13 @@
-"""What instances tell the scheduler of loads, layer by layer: what was activated, and what is foreseen to be."""
+"""What instances tell the scheduler of loads: what was activated and is foreseen, layer by layer; what gateways serve."""
 
 from typing import Annotated
 
 from pydantic import Field
 
 from shared.messages import U64, Count, Message
+
+WAIT_EDGES = tuple(1e-4 * 1.25**step for step in range(64))
+"""Seconds: from 0.1 ms to two minutes, each a quarter more than the one before."""
 
 
 class Activated(Message):
@@ -38,3 +41,39 @@ class Foreseen(Message):
     """How many were foreseen."""
     sums: bytes
     """fp32 little-endian [2, experts], over these exchanges: expected rows, and probability of being activated."""
+
+
+class Waits(Message):
+    """Times as a histogram with the edges WAIT_EDGES, and their sum."""
+
+    counts: Annotated[tuple[Count, ...], Field(min_length=len(WAIT_EDGES) + 1, max_length=len(WAIT_EDGES) + 1)]
+    """At or below each edge and above the one before; the last: above all of them."""
+    seconds: Annotated[float, Field(ge=0)]
+
+
+class Served(Message):
+    """Gateway -> scheduler, published once a second: what was asked of it since then, and what it has sent.
+
+    A request is one choice: what an attention instance decodes as one sequence.
+    """
+
+    gateway: str
+    incarnation: U64
+    seconds: Annotated[float, Field(ge=0)]
+    """That this covers."""
+    arrived: Count
+    """Requests,"""
+    prompt_tokens: Count
+    """and tokens of their prompts."""
+    output_tokens: Count
+    """Sent."""
+    ended: Count
+    """Requests, for whatever reason,"""
+    ended_tokens: Count
+    """and all tokens of their outputs."""
+    open: Count
+    """Requests at this moment."""
+    inter: Waits
+    """Between two tokens of a request."""
+    first: Waits
+    """From a request's arrival to its first token."""

@@ -267,6 +267,11 @@ class Subjects:
         """Which loads expert instances predict."""
         return f"{self.prefix}.foreseen"
 
+    @property
+    def served(self) -> str:
+        """What gateways serve."""
+        return f"{self.prefix}.served"
+
     def scheduler(self, verb: Literal["rebalance", "outcome", "scale"]) -> str:
         """Answered by the leading scheduler only."""
         return f"{self.prefix}.scheduler.{verb}"

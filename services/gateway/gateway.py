@@ -33,6 +33,7 @@ from services.gateway.sampling import (
     sampling_params,
 )
 from services.gateway.served import ServedModel
+from services.gateway.tally import Tally
 from shared.config import GatewayConfig
 from shared.telemetry import Telemetry, extract, inject
 
@@ -47,6 +48,7 @@ class Gateway:
         self.router = router
         self.telemetry = telemetry
         self.metrics = GatewayMetrics(router.counts)
+        self.tally = Tally()
         self._config = config
         self._choices = Choices(router, model.tokenizer, model.limits.eos)
         self._open = 0
@@ -89,7 +91,7 @@ class Gateway:
     async def pieces(self, jobs: Sequence[Job], headers: Mapping[str, str], name: str) -> AsyncGenerator[Piece, None]:
         """Run jobs under one span, within the bound on open requests. Closing the generator cancels them."""
         self._admit(len(jobs))
-        timing = Timing(self.metrics)
+        timing = Timing(self.metrics, self.tally, jobs)
         deadline = asyncio.get_running_loop().time() + self._config.request_deadline
         outcome: str | None = "error"
         span = self.telemetry.start(name, extract(headers))

@@ -12,6 +12,7 @@ from services.gateway.app import build_app
 from services.gateway.gateway import Gateway
 from services.gateway.router import Router
 from services.gateway.served import served_model
+from services.gateway.tally import tell
 from shared.config import GatewayConfig
 from shared.errors import ConfigError
 from shared.http_side import ANY_ADDRESS
@@ -47,6 +48,7 @@ async def serve(config: GatewayConfig, signals: bool = True) -> None:
             serving = instance.spawn(server.serve([listener]), "http")
             url = _url(config.host, listener)
             await instance.ready(lambda: {"url": url})
+            instance.spawn(tell(instance, gateway.tally), "served")
             await instance.until_stopped()
             server.stop()  # accepts nobody new
             await gateway.drain(config.drain_s)

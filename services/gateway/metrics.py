@@ -2,10 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from services.gateway.choices import Piece
 from services.gateway.errors import ApiError
+from services.gateway.requests import Job
+from services.gateway.tally import Tally
 from shared.metrics import Buckets, Sample, sample
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -50,24 +52,38 @@ class GatewayMetrics:
 class Timing:
     """Latencies of one request's choices."""
 
-    def __init__(self, metrics: GatewayMetrics) -> None:
+    def __init__(self, metrics: GatewayMetrics, tally: Tally, jobs: Sequence[Job]) -> None:
         self._metrics = metrics
+        self._tally = tally
         self._start = time.perf_counter()
         self._last: dict[int, float] = {}
+        self._open = {job.index: 0 for job in jobs}
+        """Tokens of each choice that has not ended."""
+        tally.arrive(len(jobs), sum(len(job.prompt) for job in jobs))
 
     def piece(self, piece: Piece) -> None:
         """A step that brings several tokens counts as that many equal waits."""
-        now = time.perf_counter()
         if piece.tokens:
-            waits = len(piece.tokens)
-            if piece.index in self._last:
-                self._metrics.itl.observe((now - self._last[piece.index]) / waits, waits)
-            else:
-                self._metrics.ttft.observe(now - self._start)
-            self._last[piece.index] = now
-            self._metrics.generated_tokens += waits
+            self._tokens(piece.index, len(piece.tokens))
         if piece.finish:
             self._metrics.outcomes[piece.finish] += 1
+            self._tally.end(self._open.pop(piece.index))
+
+    def _tokens(self, index: int, count: int) -> None:
+        now = time.perf_counter()
+        if index in self._last:
+            wait = (now - self._last[index]) / count
+            self._metrics.itl.observe(wait, count)
+            self._tally.next(wait, count)
+        else:
+            self._metrics.ttft.observe(now - self._start)
+            self._tally.first(now - self._start, count)
+        self._last[index] = now
+        self._open[index] += count
+        self._metrics.generated_tokens += count
 
     def end(self) -> None:
+        """Of the whole request; choices that have not finished end with it."""
         self._metrics.e2e.observe(time.perf_counter() - self._start)
+        for tokens in self._open.values():
+            self._tally.end(tokens)

@@ -14,7 +14,7 @@ from typing import Any
 from services.scheduler.actuators.base import Actuator, ActuatorFailed
 from services.scheduler.leader import Leader
 from services.scheduler.placement import TooFewSlots
-from services.scheduler.pools import Asked, Change, check, next_change, notes, present
+from services.scheduler.pools import BY_HAND, Asked, Change, check, next_change, notes, present
 from shared.errors import BadMessage, BusUnavailable, Refused
 from shared.lifecycle import Instance
 from shared.messages import Pool, PoolFacts, Subjects
@@ -45,6 +45,8 @@ class PoolLoop:
     def __init__(self, instance: Instance, leader: Leader, actuator: Actuator | None, name: str) -> None:
         self.desired: DesiredPools | None = None
         """As it was last read or written here; None: not known yet."""
+        self.notes: tuple[str, ...] = ()
+        """What whoever scales by hand should know besides."""
         self._instance = instance
         self._leader = leader
         self._actuator = actuator
@@ -153,8 +155,8 @@ class PoolLoop:
         if request.dry_run:
             self._check(counts)
         else:
-            await self.want(counts, "by hand")
-        return ScalePlan(actuator=self._name, present=there, notes=notes(request.pool, request.count))
+            await self.want(counts, BY_HAND)
+        return ScalePlan(actuator=self._name, present=there, notes=(*notes(request.pool, request.count), *self.notes))
 
     # ---- the loop ---------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from services.scheduler.placement import TooFewSlots, room
 from shared.errors import Refused
 from shared.membership import Member
 from shared.messages import MAX_EXPERT_INSTANCES, ModelFacts, Pool, State
+from shared.pool_messages import Wish
 
 FEWEST = {Pool.ATTENTION: 1, Pool.EXPERTS: 0}
 """Without an attention instance nobody keeps requests; without experts they wait, and go on when the pool is back."""
@@ -15,6 +16,10 @@ RETRY_S = 2.0
 LONGEST_RETRY_S = 60.0
 AGAIN_S = 60.0
 """So long instances may take to come or go before the actuator is asked for the same again."""
+LONGEST_S = 180.0
+"""So long a change may take before whoever decides on sizes goes on without waiting for it."""
+BY_HAND = "by hand"
+"""Reason of what a person has asked for."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,24 @@ def notes(pool: Pool, count: int) -> tuple[str, ...]:
     if pool is Pool.EXPERTS and count == 0:
         return ("without expert instances requests wait, and fail after --no-home-deadline of the attention pool",)
     return ()
+
+
+def unfinished(wishes: Mapping[Pool, Wish], members: Sequence[Member], now: float) -> str:
+    """Which change is under way, for a person; empty: none. After LONGEST_S it does not hold up others any more.
+
+    ``now``: seconds since 1970, as in a wish.
+    """
+    for pool, wish in wishes.items():
+        states = [m.heartbeat.state for m in members if m.heartbeat.kind is pool.kind]
+        if states != [State.READY] * wish.count and now - wish.time < LONGEST_S:
+            leaving = states.count(State.DRAINING)
+            return f"{pool}: {states.count(State.READY)} of {wish.count} are ready" + f", {leaving} drain" * bool(leaving)
+    return ""
+
+
+def by_hand(wishes: Mapping[Pool, Wish], seconds: float, now: float) -> str:
+    """Who has asked for a size less than so long ago, for a person; empty: nobody. ``now``: seconds since 1970."""
+    for pool, wish in wishes.items():
+        if wish.reason == BY_HAND and now - wish.time < seconds:
+            return f"{pool}: {wish.count} by hand, kept for {wish.time + seconds - now:.0f} s more"
+    return ""

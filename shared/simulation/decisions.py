@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import MoemeshError
 from shared.perf_model import Load
+from shared.planning.deciding import LEAST_RATE, nearest
 from shared.planning.memory import attention_bytes
 from shared.planning.outlook import MOST_BATCH
 from shared.planning.plan import Plan
@@ -19,17 +19,6 @@ BATCHES = np.concatenate([[1.0, 2.0, 4.0, 8.0], np.geomspace(16, MOST_BATCH, 49)
 CHUNKS = np.array([0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0])
 STEP = 0.04
 """Rates within so much of each other are planned for as one."""
-LEAST_RATE = 1e-3
-"""Requests per second."""
-LESS = 0.9
-"""Where a rate cannot be served within the limits, so much of it is tried next."""
-
-
-class Unservable(MoemeshError):
-    """A system has no plan, whatever the rate."""
-
-    def __init__(self) -> None:
-        super().__init__("no plan serves any rate within the limits: allow more time per token, or more instances")
 
 
 @dataclass(frozen=True)
@@ -82,14 +71,8 @@ def decide(choose: Callable[[float], Plan | None], rates: Floats, window_s: floa
 
 
 def _plan_for(choose: Callable[[float], Plan | None], asked: float, known: dict[float, Plan]) -> Plan:
-    rate = asked
-    while asked not in known:
-        plan = choose(rate)
-        if plan:
-            known[asked] = plan
-        elif rate < LEAST_RATE:
-            raise Unservable
-        rate *= LESS
+    if asked not in known:
+        known[asked] = nearest(choose, asked)
     return known[asked]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.planning.deciding import LEAST_RATE, Unservable
 from shared.planning.assemble import assemble
 from shared.planning.hardware import Hardware
 from shared.planning.rivals import TIERS, Systems, systems_of
@@ -15,9 +16,7 @@ from shared.planning.sizes import read_sizes
 from shared.simulation.decisions import (
     BATCHES,
     CHUNKS,
-    LEAST_RATE,
     Schedule,
-    Unservable,
     chooser,
     decide,
     forecast,

@@ -9,12 +9,13 @@ from typer.testing import CliRunner
 
 from shared.cli.main import build_app
 from shared.errors import ConfigError
+from shared.planning.deciding import Unservable
 from shared.planning.hardware import load_hardware
 from shared.planning.plan import Plan
 from shared.planning.rivals import NAMES, OURS
 from shared.planning.search import search, space_of
 from shared.planning.setting import Demand, Slo
-from shared.simulation.decisions import BATCHES, Unservable, decide, forecast, room_of, times_of
+from shared.simulation.decisions import BATCHES, decide, forecast, room_of, times_of
 from shared.simulation.decisions import CHUNKS as ROWS
 from shared.simulation.kernel import serve
 from shared.simulation.run import Day, prepare, simulate

@@ -1,0 +1,183 @@
+"""How large the pools should be for what is asked of them, and when to change them. Pure.
+
+Sizes are planned for the rate that is expected (JANUS, arXiv 2512.13525, section 3.5), with the model's error corrected
+by what was measured. A pool grows as soon as it should, and shrinks when less has been enough for a cool-down.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from services.scheduler.traffic import Observed
+from shared.messages import AttentionFacts, Pool
+from shared.planning.deciding import HEADROOM, LEAST_RATE, nearest
+from shared.planning.setting import Demand, Slo
+
+A, E = Pool.ATTENTION, Pool.EXPERTS
+Sizes = Mapping[Pool, int]
+AIM = 0.9
+"""Share of the time per token that is planned with: plans are for means, and batches vary."""
+LEAST_OFF, MOST_OFF = 0.5, 4.0
+"""Between which a measured time over a predicted one is believed."""
+GAIN = 0.1
+"""How much of a new measurement of it counts, each second."""
+ENOUGH = 32
+"""Tokens that a measurement takes."""
+
+
+class Planned(Protocol):
+    """A plan, as far as it matters here."""
+
+    @property
+    def attention(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
+    @property
+    def batch(self) -> float: ...
+    @property
+    def tpot_s(self) -> float: ...
+    @property
+    def binding(self) -> str: ...
+
+
+class Model(Protocol):
+    """What is known of this mesh's speed."""
+
+    @property
+    def fewest(self) -> int:
+        """Expert instances that hold every expert."""
+        ...
+
+    def choose(self, demand: Demand, slo: Slo) -> Planned | None:
+        """The fewest instances that keep the limits, None where none do."""
+        ...
+
+    def tpot(self, sizes: Sizes, batch: float, context: float) -> float:
+        """Seconds per token of so many sequences in decode, all attention instances together."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a person has asked for."""
+
+    least: Sizes
+    most: Sizes
+    slo: Slo
+    window_s: float
+    cooldown_s: float
+    idle_s: float
+    """After so long without a request the expert pool may go to none, if ``least`` allows that."""
+
+    def within(self, sizes: Sizes) -> dict[Pool, int]:
+        return {pool: min(max(size, self.least[pool]), self.most[pool]) for pool, size in sizes.items()}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is so at a moment."""
+
+    now: float
+    """Clock time, in seconds."""
+    sizes: Sizes
+    rate: float
+    """Requests per second that are expected."""
+    lately: Observed
+    """For lengths."""
+    steady: Observed
+    """As short a time ago as possible, and with these sizes: for times."""
+    idle_s: float
+    seats: int
+    """Sequences that an attention instance holds."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Sizes that would be right at a time."""
+
+    at: float
+    sizes: Sizes
+    why: str
+    tpot_s: float = 0.0
+    """That is planned with; 0: nothing was planned."""
+
+
+def needed(look: Look, rules: Rules, model: Model, off: float) -> Need:
+    """Sizes for what is expected. Raises Unservable.
+
+    Args:
+        off: measured over predicted times, see ``corrected``.
+    """
+    if rules.least[E] == 0 and look.idle_s >= rules.idle_s:
+        return Need(look.now, rules.within({A: 1, E: 0}), f"nobody has asked for {rules.idle_s:g} s")
+    if not (look.rate or look.lately.open):
+        return Need(look.now, rules.within({A: 1, E: max(1, model.fewest)}), "nobody asks")
+    demand = Demand(max(LEAST_RATE, HEADROOM * look.rate), look.lately.prompt, look.lately.output)
+    slo = replace(rules.slo, tpot_s=rules.slo.tpot_s * AIM / off)
+    fits = model.choose(demand, slo)
+    plan = fits or nearest(lambda rate: model.choose(replace(demand, rate=rate), slo), demand.rate)
+    sizes = {A: max(plan.attention, -int(-plan.batch // look.seats)), E: max(1, plan.experts)}
+    what = f"{look.rate:.3g} requests/s of {demand.prompt:.0f} + {demand.output:.0f} tokens are expected"
+    why = plan.binding if fits else "that is more than can be served in time"
+    return Need(look.now, rules.within(sizes), f"{what}: {why}", plan.tpot_s * off)
+
+
+def pressed(look: Look, rules: Rules, model: Model) -> Need | None:
+    """One instance more than there are, when times are beyond their limits whatever the model says."""
+    measured = look.steady.inter
+    if look.steady.seconds < rules.window_s:
+        return None
+    if measured.count >= ENOUGH and measured.mean > rules.slo.tpot_s:
+        why = f"{measured.mean * 1e3:.0f} ms per token were measured, {rules.slo.tpot_s * 1e3:.0f} are allowed"
+        return Need(look.now, _one_more(look, rules, model), why, measured.mean)
+    first = look.steady.first
+    if first.count and first.mean > rules.slo.ttft_s:
+        more = rules.within({**look.sizes, A: look.sizes[A] + 1})
+        why = f"first tokens took {first.mean * 1e3:.0f} ms, {rules.slo.ttft_s * 1e3:.0f} are allowed"
+        return Need(look.now, more, why, measured.mean)
+    return None
+
+
+def _one_more(look: Look, rules: Rules, model: Model) -> dict[Pool, int]:
+    """In the pool where it helps most, as far as that may grow."""
+    batch, context = decoding(look.steady), look.lately.prompt + look.lately.output / 2
+    options = [rules.within({**look.sizes, pool: look.sizes[pool] + 1}) for pool in Pool]
+    return min(options, key=lambda sizes: (sizes == look.sizes, model.tpot(sizes, batch, context)))
+
+
+def decoding(observed: Observed) -> float:
+    """Sequences in decode, mean (Little's law): those that wait for their first token are not among them."""
+    return max(1.0, observed.tokens_per_s * observed.inter.mean)
+
+
+def corrected(off: float, look: Look, model: Model) -> float:
+    """Measured over predicted times per token, after one more look."""
+    measured = look.steady.inter
+    if measured.count < ENOUGH or not look.sizes[E]:
+        return off
+    context = look.lately.prompt + look.lately.output / 2
+    now = measured.mean / model.tpot(look.sizes, decoding(look.steady), context)
+    return off + GAIN * (min(max(now, LEAST_OFF), MOST_OFF) - off)
+
+
+def remembered(needs: Sequence[Need], need: Need, cooldown_s: float) -> list[Need]:
+    """Needs of the cool-down, oldest first, with one that is older if there is any."""
+    kept = [*needs, need]
+    first = next((i for i in range(len(kept) - 1, -1, -1) if need.at - kept[i].at >= cooldown_s), 0)
+    return kept[first:]
+
+
+def target(needs: Sequence[Need], sizes: Sizes, cooldown_s: float) -> dict[Pool, int]:
+    """Pools to change, with their new sizes: at once to what is needed now, down to the most of a whole cool-down."""
+    latest = needs[-1].sizes
+    wanted = {pool: latest[pool] for pool in sizes if latest[pool] > sizes[pool]}
+    if needs[-1].at - needs[0].at < cooldown_s:
+        return wanted
+    most = {pool: max(need.sizes[pool] for need in needs) for pool in sizes}
+    return wanted | {pool: size for pool, size in most.items() if size < sizes[pool]}
+
+
+def seats(instances: Sequence[AttentionFacts], tokens: float) -> int:
+    """Sequences of so many tokens that the smallest attention instance holds; at least 1."""
+    held = [min(f.max_num_seqs, int(f.kv_blocks * f.block_size // max(1.0, tokens))) for f in instances]
+    return max(1, min(held, default=64))

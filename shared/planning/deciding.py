@@ -1,0 +1,39 @@
+"""What whoever decides from window to window does first: foresee a rate, and plan for as much as can be served. Pure."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import MoemeshError
+
+Floats = NDArray[np.float64]
+P = TypeVar("P")
+LEAST_RATE = 1e-3
+"""Requests per second."""
+LESS = 0.9
+"""Where a rate cannot be served within the limits, so much of it is tried next."""
+WINDOWS, QUANTILE, HEADROOM = 6, 1.0, 1.1
+"""Of ``moving_quantile``: what has done best on the traces (bench/forecast.py)."""
+
+
+class Unservable(MoemeshError):
+    """A system has no plan, whatever the rate."""
+
+    def __init__(self) -> None:
+        super().__init__("no plan serves any rate within the limits: allow more time per token, or more instances")
+
+
+def nearest(choose: Callable[[float], P | None], rate: float) -> P:
+    """The plan for a rate, or for the highest one below that can be served. Raises Unservable."""
+    while (plan := choose(rate)) is None:
+        if rate < LEAST_RATE:
+            raise Unservable
+        rate *= LESS
+    return plan
+
+
+def moving_quantile(rates: Floats, windows: int = WINDOWS, quantile: float = QUANTILE) -> float:
+    """The next rate after rates [windows], oldest first: a quantile of the last few."""
+    return float(np.quantile(rates[-windows:], quantile))
