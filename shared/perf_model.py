@@ -3,7 +3,8 @@
 Source: JANUS (arXiv 2512.13525), section 3.5: T_attn = max(c_a, alpha b + c_kv b S), T_moe = beta a_max + c_e, and the
 time per output token is the sum of attention, exchange and experts over all layers. What the paper leaves out and is
 here: shared experts beside the exchange, layers without experts, the head, rows of prompts, experts that are bound by
-arithmetic, two micro-batches in turns. DeviceProfile holds the coefficients; what waits for them is in shared/pace.py.
+arithmetic, two micro-batches in turns, and what instances cost each other on a host that they share. DeviceProfile holds
+the coefficients; what waits for them is in shared/pace.py.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class Costs:
     """and per row."""
     expert_row_s: float = 0.0
     """Arithmetic of one row in one expert; where that takes longer than reading weights, it counts instead."""
+    part_s: float = 0.0
+    """The same where it comes on top of reading, as on CPUs."""
+    reading: tuple[tuple[float, float], ...] = ()
+    """(instances, seconds per activated expert), ascending, where expert instances divide the memory and the cores of a host:
+    between them on a line. Empty: ``experts.expert_s``, however many there are."""
+    member_s: float = 0.0
+    """Per step and attention instance beside the first one: members of a group wait for each other."""
+    token_s: float = 0.0
+    """Per step and sequence of all instances: what the gateway and others do on the cores that they share."""
 
 
 class Load(NamedTuple):
@@ -90,15 +100,23 @@ def attention_seconds(costs: Costs, load: Load, instances: Floats) -> Floats:
     return np.maximum(profile.attention_floor_s, rows * profile.attention_row_s + positions)
 
 
-def experts_seconds(costs: Costs, a_max: Floats, choices: Floats) -> Floats:
+def experts_seconds(costs: Costs, a_max: Floats, choices: Floats, instances: Floats) -> Floats:
     """T_moe [..., n] of the busiest instance.
 
     Args:
         a_max: [..., n], experts that it activates.
         choices: [n], rows that its experts compute, all of them together.
+        instances: of experts, [n].
     """
-    reading = costs.experts.expert_s * a_max
-    return costs.experts.experts_s + np.maximum(reading, costs.expert_row_s * choices)
+    reading = beta(costs, instances) * a_max
+    return costs.experts.experts_s + np.maximum(reading, costs.expert_row_s * choices) + costs.part_s * choices
+
+
+def beta(costs: Costs, instances: Floats) -> Floats:
+    """Seconds per activated expert, [n]."""
+    if not costs.reading:
+        return np.full_like(instances, costs.experts.expert_s)
+    return np.interp(instances, *np.transpose(costs.reading))
 
 
 def shared_seconds(costs: Costs, rows: Floats) -> Floats:
@@ -109,6 +127,11 @@ def shared_seconds(costs: Costs, rows: Floats) -> Floats:
 def head_seconds(costs: Costs, rows: Floats) -> Floats:
     """Logits of so many rows on one instance, once per step."""
     return costs.attention.head_s + costs.attention.head_row_s * rows
+
+
+def shared_host_seconds(costs: Costs, sequences: Floats, instances: Floats) -> Floats:
+    """What attention instances cost each other, once per step."""
+    return costs.member_s * (instances - 1) + costs.token_s * sequences
 
 
 def in_turn(times: Times) -> Floats:
@@ -138,7 +161,7 @@ def step(costs: Costs, load: Load, instances: Floats, parts: Times, stands_for: 
     dense = costs.layers - costs.moe_layers
     rows = own_rows(load.rows, instances)
     outer = attention_seconds(costs, load, instances) + np.maximum(costs.dense_s, costs.dense_row_s * rows)
-    head = head_seconds(costs, own_rows(load.decode, instances))
+    head = head_seconds(costs, own_rows(load.decode, instances)) + shared_host_seconds(costs, load.decode, instances)
     attention = micro_batches * costs.moe_layers * parts.attention + dense * outer
     return Step(
         stands_for @ layers + dense * outer + head,

@@ -36,6 +36,8 @@ OURS = (
 choices diverge: left out."""
 ALL_TO_ALL = (Way("one", "attention"),)
 """What other systems do: every sender packs rows for every receiver."""
+CHOSEN = (Way("auto", "auto"),)
+"""Where exchanges were measured as the mesh itself sends them."""
 
 
 class Fabric(NamedTuple):
@@ -51,6 +53,22 @@ class Fabric(NamedTuple):
     """Where attention gates: packing, per exchange."""
     apart: bool = False
     """True: the pools never share a node (as in the paper), also when both fit on one."""
+
+
+class Measured(NamedTuple):
+    """Seconds of an exchange beside the experts' own time, where it was measured; it goes whichever way the mesh has chosen."""
+
+    exchange_s: float
+    instance_s: float
+    """For each expert instance,"""
+    member_s: float
+    """for each attention instance beside the first,"""
+    row_s: float
+    """and for each row of all of them."""
+
+    def seconds(self, attention: Floats, experts: Floats, rows: Floats) -> Floats:
+        """[n], of so many instances and rows [n]."""
+        return self.exchange_s + self.instance_s * experts + self.member_s * (attention - 1) + self.row_s * rows
 
 
 class Traffic(NamedTuple):

@@ -1,9 +1,10 @@
 """Coefficients of a model on the machines at hand, fitted to steps that a live mesh has taken. Pure.
 
 JANUS (arXiv 2512.13525, section 3.5) profiles once, offline: attention grows with rows and with the positions that they
-attend to, experts with those that are activated. Two things are added for instances that share a host: what an
-activated expert costs depends on how many instances divide the cores and read memory at the same time, and rows cost
-CPUs something on top of reading. What does not grow with rows is counted once per step.
+attend to, but takes its least time however few they are; experts grow with those that are activated. Added is what
+instances of one host cost each other: an activated expert's time depends on how many instances divide the cores and the
+memory, rows cost CPUs something on top of reading, members of a group wait for each other, and all tokens go through
+one gateway. Predictions are those of perf_model.py: here are only its coefficients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +14,27 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.device_profile import DeviceProfile
+from shared.perf_model import Costs, own_rows
+from shared.planning.exchange import Measured
+from shared.planning.sizes import Sizes
+
 Floats = NDArray[np.float64]
+LEAST_POINTS = 4
+ROUNDS = 8
+"""After so many the division of points does not change any more."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Steps in which one attention instance decoded ``batch`` sequences; means, in seconds."""
+    """Steps in which a mesh decoded ``batch`` sequences; means, in seconds."""
 
+    attention: int
+    """Instances,"""
     experts: int
-    """Instances."""
+    """of either pool."""
     batch: int
+    """Of all attention instances together."""
     context: float
     """Positions that a row attends to."""
     step_s: float
@@ -32,90 +44,129 @@ class Point:
     expert_s: float
     """What an instance computes in an exchange."""
     activated: float
-    """Experts of an exchange on an instance."""
+    """Experts of an exchange on an instance, mean,"""
+    a_max: float
+    """and on the busiest one."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What ``fit`` has found, in seconds."""
+    """What ``fit`` has found, in seconds; see ``Costs`` and ``Measured`` for what each is multiplied with."""
 
-    layers: int
-    moe_layers: int
-    top_k: int
+    sizes: Sizes
+    paced: str
+    """Profile whose times the mesh kept; "": its own."""
+    most_attention: int
+    """Instances that were measured at most: beyond, nothing is known."""
+    most_experts: int
     step_s: float
     """Once per step, whatever its rows,"""
-    step_row_s: float
-    """and for each row: attention of all layers, and the head."""
+    row_s: float
+    """for each row of an attention instance,"""
+    token_s: float
+    """for each row of all,"""
+    member_s: float
+    """and for each attention instance beside the first."""
+    floor_s: float
+    """Attention of one layer: at least (c_a),"""
+    attention_row_s: float
+    """or per row (alpha)"""
     position_s: float
-    """Per row and position, one layer."""
+    """and position (c_kv)."""
     experts_s: float
     """Routed experts of one layer, however few are activated (c_e),"""
     expert_s: Mapping[int, float]
     """per activated expert (beta), by the number of instances,"""
     part_s: float
     """and per row of an expert."""
-    exchange_s: float
-    """An exchange beside the experts' time,"""
-    instance_s: float
-    """for each instance,"""
-    exchange_row_s: float
-    """and for each row."""
+    exchange: Measured
 
-    def experts(self, instances: int, batch: float, a_max: float) -> float:
-        """T_moe of one layer."""
-        return self.experts_s + self.beta(instances) * a_max + self.part_s * batch * self.top_k / instances
-
-    def beta(self, instances: int) -> float:
-        """Between numbers of instances that were measured on a line; beyond, as at the nearest."""
-        known = sorted(self.expert_s)
-        return float(np.interp(instances, known, [self.expert_s[n] for n in known]))
-
-    def tpot(self, instances: int, batch: float, context: float, a_max: float) -> float:
-        """Of ``batch`` sequences on one attention instance. ``a_max``: mean over layers."""
-        attention = self.step_s + batch * (self.step_row_s + self.layers * self.position_s * context)
-        exchange = self.exchange_s + self.instance_s * instances + self.exchange_row_s * batch
-        return attention + self.moe_layers * (exchange + self.experts(instances, batch, a_max))
+    def costs(self) -> Costs:
+        """For perf_model.py."""
+        attention = DeviceProfile(
+            "attention", "fitted", attention_floor_s=self.floor_s, attention_row_s=self.attention_row_s,
+            attention_position_s=self.position_s, head_s=self.step_s, head_row_s=self.row_s,
+        )  # fmt: skip
+        return Costs(
+            attention, DeviceProfile("experts", "fitted", experts_s=self.experts_s),
+            layers=self.sizes.layers, moe_layers=len(self.sizes.moe_layers), prefill_position_s=self.position_s,
+            part_s=self.part_s, reading=tuple(sorted(self.expert_s.items())), member_s=self.member_s,
+            token_s=self.token_s,
+        )  # fmt: skip
 
 
-def fit(points: Sequence[Point], layers: int, moe_layers: int, top_k: int) -> Fitted:
+def fit(points: Sequence[Point], sizes: Sizes, paced: str = "") -> Fitted:
     """Coefficients, none of them negative, with the least squares of errors, as shares of a step's time.
 
-    Raises ValueError when there are fewer than four points.
+    Raises ValueError when there are fewer than LEAST_POINTS points.
     """
-    if len(points) < 4:
-        raise ValueError(f"{len(points)} points are too few for a fit: measure at least 4")
-    batch = np.array([p.batch for p in points], float)
-    instances = np.array([p.experts for p in points], float)
-    one, steps = np.ones(len(points)), np.array([p.step_s for p in points])
-    counts = sorted({p.experts for p in points})
-    reading = [np.array([p.activated if p.experts == n else 0.0 for p in points]) for n in counts]
-    own = np.array([p.expert_s for p in points])
-    experts_s, part_s, *betas = least(own, [one, batch * top_k / instances, *reading], steps)
-    beside = np.array([p.exchange_s for p in points]) - own
-    exchange_s, instance_s, exchange_row_s = least(beside, [one, instances, batch], steps)
-    rest = steps - moe_layers * np.array([p.exchange_s for p in points])
-    positions = layers * batch * np.array([p.context for p in points])
-    step_s, step_row_s, position_s = least(rest, [one, batch, positions], steps)
+    if len(points) < LEAST_POINTS:
+        raise ValueError(f"{len(points)} points are too few for a fit: measure at least {LEAST_POINTS}")
+    table = {name: np.array([getattr(p, name) for p in points], float) for name in Point.__dataclass_fields__}
+    moe, steps = len(sizes.moe_layers), table["step_s"]
+    experts_s, part_s, betas = _experts(table, sizes.top_k)
+    expert_s = dict(zip(sorted({p.experts for p in points}), betas, strict=True))
+    busiest = table["expert_s"] + np.array([expert_s[p.experts] * (p.a_max - p.activated) for p in points])
+    one, others = np.ones(len(points)), table["attention"] - 1
+    exchange = least(table["exchange_s"] - busiest, [one, table["experts"], others, table["batch"]], steps)
+    own = own_rows(table["batch"], table["attention"])
+    fixed = [one, own, table["batch"], others]
+    once, attention = _with_floor(steps - moe * table["exchange_s"], fixed, own, table["context"], steps, sizes.layers)
     return Fitted(
-        layers, moe_layers, top_k, step_s, step_row_s, position_s, experts_s, dict(zip(counts, betas, strict=True)),
-        part_s, exchange_s, instance_s, exchange_row_s,
+        sizes, paced, int(table["attention"].max()), int(table["experts"].max()), *once, *attention,
+        experts_s, expert_s, part_s, Measured(*exchange),
     )  # fmt: skip
 
 
+def _experts(table: Mapping[str, Floats], top_k: int) -> tuple[float, float, list[float]]:
+    """c_e, seconds per row of an expert, and beta for every number of instances, ascending."""
+    instances, one = table["experts"], np.ones(len(table["experts"]))
+    reading = [np.where(instances == n, table["activated"], 0.0) for n in np.unique(instances)]
+    columns = [one, table["batch"] * top_k / instances, *reading]
+    experts_s, part_s, *betas = least(table["expert_s"], columns, table["step_s"])
+    return experts_s, part_s, betas
+
+
+def _with_floor(
+    values: Floats, fixed: Sequence[Floats], own: Floats, context: Floats, scale: Floats, layers: int
+) -> tuple[list[float], list[float]]:
+    """Coefficients of ``fixed`` and (floor, per row, per position) of values = fixed + layers x max(floor, rows ...).
+
+    Linear once it is known which points the floor counts for: those with the least work. Every such division is tried, in
+    the order of the work as the last round's coefficients have it.
+    """
+    work, best, found = own, np.inf, [0.0] * (len(fixed) + 3)
+    for _ in range(ROUNDS):
+        order, before = np.argsort(work, kind="stable"), best
+        for count in range(len(order) + 1):
+            low = np.zeros(len(order), np.bool_)
+            low[order[:count]] = True
+            sloped = [np.where(low, 0.0, own), np.where(low, 0.0, own * context)]
+            columns = [*fixed, *(layers * column for column in (low.astype(float), *sloped))]
+            tried = least(values, columns, scale)
+            *once, floor, row, position = tried
+            told = np.stack(fixed, axis=1) @ once + layers * np.maximum(floor, own * (row + position * context))
+            error = float(np.sum(((told - values) / scale) ** 2))
+            if error < best - 1e-12:
+                best, found = error, tried
+        if best >= before:
+            break
+        work = own * (found[-2] + found[-1] * context)
+    return found[: len(fixed)], found[len(fixed) :]
+
+
 def least(values: Floats, columns: Sequence[Floats], scale: Floats) -> list[float]:
-    """Coefficients of the columns, none negative, with the least squares of errors / scale: the best of all subsets."""
+    """Coefficients of the columns, none negative, with the least squares of errors / scale: the best of all subsets.
+
+    Of two that are as good the one with fewer columns, so that what tells points no better apart counts nothing.
+    """
     scaled, wanted = np.stack(columns, axis=1) / scale[:, None], values / scale
     best, coefficients = np.inf, np.zeros(len(columns))
     for size in range(1, len(columns) + 1):
         for some in map(list, combinations(range(len(columns)), size)):
             found, *_ = np.linalg.lstsq(scaled[:, some], wanted, rcond=None)
             error = float(np.sum((scaled[:, some] @ found - wanted) ** 2))
-            if (found >= 0).all() and error < best - 1e-15:
+            if (found >= 0).all() and error < best - 1e-12:
                 best, coefficients = error, np.zeros(len(columns))
                 coefficients[some] = found
     return coefficients.tolist()
-
-
-def errors(fitted: Fitted, points: Sequence[Point], a_max: Sequence[float]) -> list[float]:
-    """Relative errors of predicted times per token, signed; ``a_max``: of each point."""
-    return [fitted.tpot(p.experts, p.batch, p.context, a) / p.step_s - 1 for p, a in zip(points, a_max, strict=True)]

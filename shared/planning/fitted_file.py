@@ -6,21 +6,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from shared.errors import MoemeshError
+from shared.planning.exchange import Measured
 from shared.planning.fit import Fitted, Point
 
-VERSION = 1
+VERSION = 2
 
 
 class BadProfile(MoemeshError):
     """A file that is no profile, or one of another model; says which and what to do."""
 
 
-def save_fitted(path: Path, fitted: Fitted, points: Sequence[Point], model: str, digest: str) -> None:
+def save_fitted(path: Path, fitted: Fitted, points: Sequence[Point], digest: str) -> None:
     """Raises OSError."""
-    facts = {"version": VERSION, "model": model, "digest": digest}
-    whole = facts | {"fitted": asdict(fitted), "points": [asdict(point) for point in points]}
-    path.write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+    coefficients = asdict(fitted) | {"exchange": fitted.exchange._asdict()}
+    whole = {"version": VERSION, "model": fitted.sizes.name, "digest": digest, "fitted": coefficients}
+    path.write_text(json.dumps(whole | {"points": [asdict(point) for point in points]}, indent=2) + "\n", "utf-8")
 
 
 def load_fitted(path: Path, digest: str) -> tuple[Fitted, list[Point]]:
@@ -28,11 +31,11 @@ def load_fitted(path: Path, digest: str) -> tuple[Fitted, list[Point]]:
     try:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if found["version"] != VERSION:
-            raise BadProfile(f"{path}: version {found['version']}, this program reads {VERSION}")
-        coefficients = found["fitted"]
-        coefficients["expert_s"] = {int(n): float(s) for n, s in coefficients["expert_s"].items()}
-        fitted, points = Fitted(**coefficients), [Point(**point) for point in found["points"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadProfile(f"{path}: version {found['version']}, this program reads {VERSION}: profile anew")
+        coefficients = found["fitted"] | {"exchange": Measured(**found["fitted"]["exchange"])}
+        fitted = TypeAdapter(Fitted).validate_python(coefficients)
+        points = TypeAdapter(list[Point]).validate_python(found["points"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise BadProfile(f"{path}: no profile of `moemesh profile` ({error})") from error
     if found["digest"] != digest:
         raise BadProfile(f"{path}: fitted to {found['model']}, another model: run `moemesh profile` for this one")

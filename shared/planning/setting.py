@@ -23,7 +23,7 @@ from shared.perf_model import (
     step,
 )
 from shared.planning.amax import Amax
-from shared.planning.exchange import ALL_TO_ALL, OURS, Fabric, Traffic, Way, cheapest
+from shared.planning.exchange import ALL_TO_ALL, OURS, Fabric, Measured, Traffic, Way, cheapest
 from shared.planning.memory import Room
 from shared.planning.sizes import Sizes
 
@@ -70,12 +70,13 @@ class Setting:
 
     sizes: Sizes
     costs: Costs
-    fabric: Fabric
+    fabric: Fabric | Measured
     room: Room
     tables: Amax
     """Of expert instances."""
     units: Amax
-    """Of monoliths: each expert once, on as many devices as the entry says."""
+    """Of monoliths: each expert once, on as many devices as the entry says."""| None
+    """Of monoliths: each expert once, on as many devices as the entry says. None: there are no monoliths to choose."""
     attention_price: float = 1.0
     """Of one attention instance."""
     expert_price: float = 1.0
@@ -135,16 +136,23 @@ def mesh_step(setting: Setting, load: Load, mesh: Mesh) -> Outcome:
     sizes, costs = setting.sizes, setting.costs
     part = load.part(1 / mesh.micro_batches)
     a_max = setting.tables.look(mesh.experts, part.rows)
-    exchange, way = cheapest(setting.fabric, mesh.attention, mesh.experts, traffic(setting, part.rows), setting.ways)
+    exchange, way = exchange_seconds(setting, mesh, part.rows)
     parts = Times(
         attention_seconds(costs, part, mesh.attention),
         shared_seconds(costs, own_rows(part.rows, mesh.attention)),
-        experts_seconds(costs, a_max, part.rows * sizes.top_k / mesh.experts),
+        experts_seconds(costs, a_max, part.rows * sizes.top_k / mesh.experts, mesh.experts),
         exchange,
     )
     stands_for = setting.tables.weights(len(sizes.moe_layers))
     done = step(costs, load, mesh.attention, parts, stands_for, mesh.micro_batches)
     return Outcome(done, stands_for @ a_max / stands_for.sum(), way)
+
+
+def exchange_seconds(setting: Setting, mesh: Mesh, rows: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Seconds of an exchange beside the experts' own time [n], and its way, as a number among the setting's [n]."""
+    if isinstance(setting.fabric, Measured):
+        return setting.fabric.seconds(mesh.attention, mesh.experts, rows), np.zeros(len(rows), np.int64)
+    return cheapest(setting.fabric, mesh.attention, mesh.experts, traffic(setting, rows), setting.ways)
 
 
 def monolith_step(setting: Setting, load: Load, monolith: Monolith) -> Outcome:
@@ -157,7 +165,7 @@ def monolith_step(setting: Setting, load: Load, monolith: Monolith) -> Outcome:
     a_max = setting.units.look(monolith.size, mine.rows)
     attention = attention_seconds(costs, mine, monolith.size)
     shared = shared_seconds(costs, own_rows(mine.rows, monolith.size))
-    experts = experts_seconds(costs, a_max, mine.rows * sizes.top_k / monolith.size)
+    experts = experts_seconds(costs, a_max, mine.rows * sizes.top_k / monolith.size, monolith.size)
     parts = Times(attention + shared, np.zeros_like(shared), experts, all_to_all(setting, monolith.size, mine.rows))
     stands_for = setting.units.weights(len(sizes.moe_layers))
     done = step(costs, mine, monolith.size, parts, stands_for)
@@ -170,6 +178,7 @@ def all_to_all(setting: Setting, size: Floats, rows: Floats) -> Floats:
     """The exchange inside of a unit: every device sends rows to all others that need them; nothing for a single one."""
     others = np.maximum(1.0, size - 1)
     fabric = setting.fabric
+    assert isinstance(fabric, Fabric), "what was measured here was no monolith"
     inside = fabric._replace(between=fabric.inside, apart=True)
     near, _ = cheapest(inside, size, others, traffic(setting, rows), ALL_TO_ALL)
     far, _ = cheapest(fabric._replace(apart=True), size, others, traffic(setting, rows), ALL_TO_ALL)
