@@ -130,6 +130,19 @@ class SchedulerConfig(MeshConfig):
     kubernetes_namespace: str = setting("", "namespace of the Deployments; empty: that of the service account")
     attention_deployment: str = setting("moemesh-attention", "Deployment of the attention pool")
     experts_deployment: str = setting("moemesh-experts", "Deployment of the expert pool")
+    autoscale: Literal["off", "observe", "on"] = setting(
+        "off", "size the pools by demand: off; observe (only say what would be done); on"
+    )
+    profile: str = setting("", "file of `moemesh profile`, of this model on these machines: what autoscaling plans by")
+    slo_tpot_ms: float = setting(0.0, "milliseconds that a token after the first may take, mean; for autoscaling")
+    slo_ttft_ms: float = setting(0.0, "milliseconds that a first token may take, mean; for autoscaling; 0: any")
+    autoscale_min_attention: int = setting(1, "fewest attention instances")
+    autoscale_max_attention: int = setting(0, "most attention instances; 0: as many as the profile measured")
+    autoscale_min_experts: int = setting(1, "fewest expert instances; 0: none after --autoscale-idle-s")
+    autoscale_max_experts: int = setting(0, "most expert instances; 0: as many as the profile measured")
+    autoscale_window_s: float = setting(10.0, "seconds of a window by which autoscaling judges and foresees")
+    autoscale_cooldown_s: float = setting(60.0, "seconds for which fewer instances must be enough before others go")
+    autoscale_idle_s: float = setting(300.0, "seconds without a request after which the expert pool may go to 0")
     policy: Policy = setting(Policy.ACTIVATED, "choice among homes: activated, tokens, random, first")  # noqa: RUF009
 
 

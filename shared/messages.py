@@ -18,6 +18,7 @@ from shared.scheduling.policies import Policy
 MAX_EXPERT_INSTANCES = 64  # the live mask is one 64-bit word
 U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 class Message(BaseModel):
@@ -175,6 +176,35 @@ class PoolFacts(Message):
     """Why the last change of its size has failed; empty: it has not."""
 
 
+class AutoscaleFacts(Message):
+    """What the autoscaler has seen, expects and would have. Seconds; 0 where nothing was measured or planned."""
+
+    mode: Literal["observe", "on"]
+    rate: Amount = 0.0
+    """Requests per second in the last window,"""
+    expected: Amount = 0.0
+    """and in the next one."""
+    prompt: Amount = 0.0
+    """Mean tokens of a prompt,"""
+    output: Amount = 0.0
+    """and of an output."""
+    open: Count = 0
+    """Requests."""
+    tpot_s: Amount = 0.0
+    """Measured per token,"""
+    ttft_s: Amount = 0.0
+    """and to the first token, mean."""
+    planned_tpot_s: Amount = 0.0
+    off: Amount = 1.0
+    """Measured over predicted times."""
+    sizes: dict[Pool, Count] = Field(default_factory=dict)
+    """That are right now."""
+    why: str = ""
+    """One line for a person: what these sizes follow from,"""
+    doing: str = ""
+    """and what is done, or why nothing is."""
+
+
 class Heartbeat(Message):
     """Sent every second by every instance, and at once on a change of state."""
 
@@ -202,6 +232,8 @@ class Heartbeat(Message):
     costs: ExpertCosts | None = None
     pools: tuple[PoolFacts, ...] = ()
     """Leading scheduler only: pools whose size somebody has asked for."""
+    autoscale: AutoscaleFacts | None = None
+    """Leading scheduler only, while it sizes the pools."""
 
 
 class Hello(Message):

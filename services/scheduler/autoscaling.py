@@ -11,6 +11,7 @@ from typing import Protocol
 from services.scheduler.traffic import Observed
 from shared.messages import AttentionFacts, Pool
 from shared.planning.deciding import HEADROOM, LEAST_RATE, nearest
+from shared.planning.here import Choice
 from shared.planning.setting import Demand, Slo
 
 A, E = Pool.ATTENTION, Pool.EXPERTS
@@ -25,21 +26,6 @@ ENOUGH = 32
 """Tokens that a measurement takes."""
 
 
-class Planned(Protocol):
-    """A plan, as far as it matters here."""
-
-    @property
-    def attention(self) -> int: ...
-    @property
-    def experts(self) -> int: ...
-    @property
-    def batch(self) -> float: ...
-    @property
-    def tpot_s(self) -> float: ...
-    @property
-    def binding(self) -> str: ...
-
-
 class Model(Protocol):
     """What is known of this mesh's speed."""
 
@@ -48,8 +34,8 @@ class Model(Protocol):
         """Expert instances that hold every expert."""
         ...
 
-    def choose(self, demand: Demand, slo: Slo) -> Planned | None:
-        """The fewest instances that keep the limits, None where none do."""
+    def choose(self, demand: Demand, slo: Slo) -> Choice:
+        """The fewest instances that keep the limits."""
         ...
 
     def tpot(self, sizes: Sizes, batch: float, context: float) -> float:
@@ -114,11 +100,11 @@ def needed(look: Look, rules: Rules, model: Model, off: float) -> Need:
         return Need(look.now, rules.within({A: 1, E: max(1, model.fewest)}), "nobody asks")
     demand = Demand(max(LEAST_RATE, HEADROOM * look.rate), look.lately.prompt, look.lately.output)
     slo = replace(rules.slo, tpot_s=rules.slo.tpot_s * AIM / off)
-    fits = model.choose(demand, slo)
-    plan = fits or nearest(lambda rate: model.choose(replace(demand, rate=rate), slo), demand.rate)
+    choice = model.choose(demand, slo)
+    plan = choice.plan or nearest(lambda rate: model.choose(replace(demand, rate=rate), slo).plan, demand.rate)
     sizes = {A: max(plan.attention, -int(-plan.batch // look.seats)), E: max(1, plan.experts)}
     what = f"{look.rate:.3g} requests/s of {demand.prompt:.0f} + {demand.output:.0f} tokens are expected"
-    why = plan.binding if fits else "that is more than can be served in time"
+    why = f"{plan.name}; {choice.why}" if choice.plan else f"more than can be served in time: {choice.why}"
     return Need(look.now, rules.within(sizes), f"{what}: {why}", plan.tpot_s * off)
 
 

@@ -35,26 +35,36 @@ async def serve(config: SchedulerConfig) -> None:
     """Run one scheduler until it is told to stop. Raises ConfigError, BusUnavailable."""
     # Imported here: numba reads the environment that main has set.
     from services.scheduler.actuators.build import build_actuator
+    from services.scheduler.autoscale_settings import autoscaling_by
+    from services.scheduler.autoscaler import Autoscaler
     from services.scheduler.pool_loop import PoolLoop
     from services.scheduler.reconciler import Reconciler
     from shared.activation import compile_choice
     from shared.elastic.placing import compile_placing
 
     check(config)
+    going_by = autoscaling_by(config)
     async with Instance(Kind.SCHEDULER, config) as instance:
         actuator = build_actuator(instance, config)
         reconciler = await Reconciler.start(instance, config)
         pools = PoolLoop(instance, reconciler.leader, actuator, config.actuator)
         await pools.start()
+        autoscaler = Autoscaler(instance, *going_by, config.autoscale == "on", pools, reconciler) if going_by else None
+        if autoscaler:
+            await autoscaler.start()
 
         def facts() -> dict[str, Any]:
             placed = reconciler.facts()
-            return {**placed, **pools.facts(), "detail": "; ".join(filter(None, (placed["detail"], pools.problem)))}
+            more = autoscaler.facts() if autoscaler else {}
+            detail = "; ".join(filter(None, (placed["detail"], pools.problem)))
+            return {**placed, **pools.facts(), **more, "detail": detail}
 
         for compiled in (compile_choice, compile_placing):  # seconds, the first time on a host: not when needed
             await asyncio.to_thread(compiled)
         await instance.ready(facts)
         await instance.until_stopped()
+        if autoscaler:
+            await autoscaler.stop()
         await pools.stop()
         await reconciler.stop()
 

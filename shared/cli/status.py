@@ -60,6 +60,7 @@ def describe(members: list[Member], record: PlacementRecord | None) -> dict[str,
         "placement": describe_placement(record.committed) if record and record.committed else None,
         "change": describe_change(record, members) if record else None,
         "pools": describe_pools(members),
+        "autoscaling": describe_autoscaling(members),
         "instances": [describe_member(m) for m in sorted(members, key=lambda m: (m.heartbeat.kind, m.heartbeat.id))],
     }
 
@@ -104,6 +105,12 @@ def describe_pools(members: list[Member]) -> dict[str, Any]:
     }
 
 
+def describe_autoscaling(members: list[Member]) -> dict[str, Any] | None:
+    """What sizes the pools by demand, None where nothing does."""
+    facts = next((member.heartbeat.autoscale for member in members if member.heartbeat.autoscale), None)
+    return facts.model_dump() if facts else None
+
+
 def describe_member(member: Member) -> dict[str, Any]:
     """One instance: identity, state, and the facts of its kind."""
     beat = member.heartbeat
@@ -139,6 +146,8 @@ def print_report(report: dict[str, Any], out: Console) -> None:
     print_change(report["change"], out)
     for pool, facts in report["pools"].items():
         out.print(facts["problem"] or f"{pool}: {facts['desired']} wanted, {facts['ready']} ready")
+    for line in autoscaling(report["autoscaling"]):
+        out.print(line, soft_wrap=True)
     table = Table("instance", "state", "node", "device", "serves", box=None, header_style="bold")
     table.add_column("url", no_wrap=True, min_width=max((len(row["url"]) for row in report["instances"]), default=0))
     for row in report["instances"]:
@@ -147,6 +156,16 @@ def print_report(report: dict[str, Any], out: Console) -> None:
     for row in report["instances"]:
         for line in ways(row["facts"].get("ways", ())):
             out.print(f"{row['id']}: {line}")
+
+
+def autoscaling(facts: dict[str, Any] | None) -> Iterator[str]:
+    """What the autoscaler sees, expects and does, line by line."""
+    if facts:
+        speed = f"{facts['tpot_s'] * 1e3:.1f} ms per token" if facts["tpot_s"] else "no tokens"
+        yield f"autoscaling {facts['mode']}: {facts['rate']:.3g} requests/s, {facts['open']} open, {speed}: {facts['doing']}"
+        sizes = ", ".join(f"{count} {pool}" for pool, count in facts["sizes"].items())
+        if sizes:
+            yield f"right would be {sizes}: {facts['why']}"
 
 
 def ways(table: Iterable[dict[str, Any]]) -> Iterator[str]:

@@ -33,11 +33,16 @@ def up(
     kv_memory: Annotated[str, typer.Option(help="memory of each KV cache, e.g. 512MiB")] = "",
     api_key: Annotated[str, typer.Option(help="bearer token that /v1 requires")] = "",
     pace: Annotated[str, typer.Option(help="device profile, by name or file, whose times all instances keep")] = "",
+    autoscale: Annotated[str, typer.Option(help="size the pools by demand: off, observe or on")] = "",
+    slo_tpot_ms: Annotated[float, typer.Option(min=0, help="milliseconds that a token may take, for --autoscale")] = 0,
+    profile: Annotated[str, typer.Option(help="file of `moemesh profile`, for --autoscale")] = "",
     verbose: Annotated[bool, typer.Option(help="show every service's log")] = False,
 ) -> None:
     """Start a whole mesh here; prints "ready URL" when it serves. Ctrl-C drains and stops it."""
     if monolith and experts:
         raise typer.BadParameter("a monolith has no expert instances", param_hint="--experts")
+    if monolith and autoscale:
+        raise typer.BadParameter("a monolith has no scheduler that could size it", param_hint="--autoscale")
     given = {
         "served_model_name": served_model_name,
         "max_model_len": max_model_len or "",
@@ -46,6 +51,9 @@ def up(
         "kv_memory": kv_memory,
         "api_key": api_key,
         "pace": pace,
+        "autoscale": autoscale,
+        "slo_tpot_ms": slo_tpot_ms or "",
+        "profile": profile,
     }
     settings = {k: str(v) for k, v in given.items() if v}
     instances = 0 if monolith else experts or MeshOptions.experts

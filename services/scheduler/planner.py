@@ -1,0 +1,39 @@
+"""What is known of this mesh's speed, as the autoscaler asks for it: a profile, and tables of a_max made from it. Pure."""
+
+import numpy as np
+
+from services.scheduler.autoscale_settings import Profile
+from services.scheduler.autoscaling import A, E, Rules, Sizes
+from shared.perf_model import Load
+from shared.planning.amax import monte_carlo
+from shared.planning.here import Choice, choose, setting_here
+from shared.planning.setting import Demand, Mesh, Slo, mesh_step
+
+
+class Planner:
+    """Implements ``autoscaling.Model``.
+
+    Args:
+        slots: replicas of a layer on an expert instance; to make tables for it takes seconds.
+    """
+
+    def __init__(self, profile: Profile, slots: int, rules: Rules) -> None:
+        self.slots = slots
+        self._rules = rules
+        self._fitted = profile.fitted
+        self._tables = monte_carlo(profile.routing, slots, profile.fitted.most_experts)
+        self._setting = setting_here(self._fitted, self._tables)
+
+    @property
+    def fewest(self) -> int:
+        return self._tables.first
+
+    def choose(self, demand: Demand, slo: Slo) -> Choice:
+        least, most = self._rules.least, self._rules.most
+        return choose(self._fitted, self._tables, demand, slo, (least[A], most[A]), (max(1, least[E]), most[E]))
+
+    def tpot(self, sizes: Sizes, batch: float, context: float) -> float:
+        load = Load(np.array([batch]), np.zeros(1), self._setting.sizes.attended(context), 0.0)
+        experts = min(max(sizes[E], self._tables.first), self._tables.most)
+        mesh = Mesh(np.array([float(sizes[A])]), np.array([float(experts)]), 1)
+        return float(mesh_step(self._setting, load, mesh).step.seconds[0])

@@ -1,0 +1,158 @@
+"""Sizes of the pools by demand: growth at once, less after a cool-down, and times that were measured count."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.scheduler.autoscaling import (
+    A,
+    E,
+    Look,
+    Need,
+    Sizes,
+    corrected,
+    needed,
+    pressed,
+    remembered,
+    seats,
+    target,
+)
+from services.scheduler.traffic import Traffic
+from shared.messages import AttentionFacts
+from shared.planning.deciding import Unservable, moving_quantile, nearest
+from tests.unit.autoscale_cases import planner, rules, served, steady_traffic
+
+ONE: Sizes = {A: 1, E: 1}
+
+
+def look(traffic: Traffic, rate: float, sizes: Sizes = ONE, now: float = 30.0, seats: int = 64) -> Look:
+    return Look(now, sizes, rate, traffic.seen(30.0, now), traffic.seen(10.0, now), traffic.idle_s(now), seats)
+
+
+def test_more_requests_need_more_instances() -> None:
+    few, many = (
+        needed(look(steady_traffic(rate, 40, 0.1), rate), rules(), planner(), 1.0).sizes for rate in (1, 3)
+    )
+    assert sum(many.values()) > sum(few.values())
+    assert few == {A: 1, E: 1}
+
+
+def test_a_mesh_that_is_slower_than_its_model_needs_more_instances() -> None:
+    seen = look(steady_traffic(1, 40, 0.1), 1.0)
+    fine, slow = (needed(seen, rules(), planner(), off) for off in (1.0, 2.0))
+    assert sum(slow.sizes.values()) > sum(fine.sizes.values())
+
+
+def test_measured_over_predicted_times_are_found_and_bounded() -> None:
+    sizes = {A: 1, E: 2}
+    predicted = planner().tpot(sizes, 4.0, 120.0)
+    seen = look(steady_traffic(2, 40, 1.5 * predicted), 2.0, sizes)
+    off = 1.0
+    for _ in range(100):
+        off = corrected(off, seen, planner())
+    batch = 2 * 40 * 1.5 * predicted
+    assert off == pytest.approx(1.5 * predicted / planner().tpot(sizes, batch, 120.0), rel=0.05)
+    assert corrected(1.0, look(steady_traffic(2, 40, 100.0), 2.0), planner()) <= 1.3
+
+
+def test_what_is_more_than_the_pools_may_serve_gets_all_they_may_and_says_so() -> None:
+    need = needed(look(steady_traffic(50, 40, 0.5), 50.0), rules(), planner(), 1.0)
+    assert need.sizes[A] == 3
+    assert "more than can be served in time" in need.why
+
+
+def test_limits_that_nothing_keeps_are_said() -> None:
+    with pytest.raises(Unservable):
+        needed(look(steady_traffic(1, 40, 0.1), 1.0), rules(tpot_s=1e-3), planner(), 1.0)
+
+
+def test_sequences_that_find_no_seat_need_more_attention_instances() -> None:
+    traffic = steady_traffic(1, 40, 0.1)
+    assert needed(look(traffic, 1.0, seats=2), rules(), planner(), 1.0).sizes[A] > 1
+
+
+def test_the_expert_pool_goes_to_none_when_it_may_and_comes_back_when_a_request_waits() -> None:
+    traffic = Traffic(30.0, 0.0)
+    traffic.add(served(), 150.0)
+    idle = look(traffic, 0.0, now=150.0)
+    assert needed(idle, rules(least_experts=0), planner(), 1.0).sizes == {A: 1, E: 0}
+    assert needed(idle, rules(), planner(), 1.0).sizes == {A: 1, E: 1}
+    assert needed(replace(idle, idle_s=50.0), rules(least_experts=0), planner(), 1.0).sizes == {A: 1, E: 1}
+    traffic.add(served(open=1), 151.0)
+    waiting = look(traffic, 0.0, {A: 1, E: 0}, now=151.0)
+    assert needed(waiting, rules(least_experts=0), planner(), 1.0).sizes[E] >= 1
+
+
+def test_times_beyond_their_limit_ask_for_one_more_where_it_helps_whatever_the_model_says() -> None:
+    seen = look(steady_traffic(1, 40, 0.3), 1.0)
+    assert needed(seen, rules(), planner(), 1.0).sizes == ONE
+    more = pressed(seen, rules(), planner())
+    assert more
+    assert more.sizes == {A: 1, E: 2}
+    assert "300 ms per token were measured, 200 are allowed" in more.why
+    full = pressed(replace(seen, sizes={A: 1, E: 3}), rules(), planner())
+    assert full
+    assert full.sizes == {A: 2, E: 3}
+    assert pressed(look(steady_traffic(1, 40, 0.1), 1.0), rules(), planner()) is None
+
+
+def test_late_first_tokens_ask_for_attention() -> None:
+    more = pressed(look(steady_traffic(1, 40, 0.15), 1.0), rules(ttft_s=0.1), planner())
+    assert more
+    assert more.sizes == {A: 2, E: 1}
+
+
+def test_times_of_a_mesh_that_has_just_changed_do_not_press() -> None:
+    traffic = steady_traffic(1, 40, 0.3)
+    seen = replace(look(traffic, 1.0), steady=traffic.seen(5.0, 30.0))
+    assert pressed(seen, rules(), planner()) is None
+
+
+def targets(needs: list[tuple[float, int]], sizes: Sizes, cooldown_s: float = 60.0) -> dict[str, int]:
+    """Of needs (time, experts), one after the other."""
+    kept: list[Need] = []
+    for at, experts in needs:
+        kept = remembered(kept, Need(at, {A: 1, E: experts}, ""), cooldown_s)
+    return {pool.value: size for pool, size in target(kept, sizes, cooldown_s).items()}
+
+
+def test_a_pool_grows_at_once() -> None:
+    assert targets([(0.0, 1), (1.0, 3)], ONE) == {"experts": 3}
+
+
+def test_a_pool_shrinks_when_less_was_enough_for_a_whole_cool_down() -> None:
+    large: Sizes = {A: 1, E: 3}
+    assert targets([(0.0, 1), (30.0, 1), (59.0, 1)], large) == {}
+    assert targets([(0.0, 1), (30.0, 1), (60.0, 1)], large) == {"experts": 1}
+    assert targets([(0.0, 1), (30.0, 2), (60.0, 1)], large) == {"experts": 2}
+    assert targets([(0.0, 1), (30.0, 3), (60.0, 1)], large) == {}
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=100), st.integers(1, 5), st.integers(0, 30))
+def test_no_target_is_below_what_was_needed_within_the_cool_down(needs: list[int], size: int, cooldown: int) -> None:
+    found = targets([(float(i), n) for i, n in enumerate(needs)], {A: 1, E: size}, cooldown).get("experts", size)
+    assert found >= max(needs[-(cooldown + 1) :]) or found == size
+    assert found >= needs[-1]
+
+
+def test_seats_follow_from_the_cache_and_from_the_limit_of_a_step() -> None:
+    facts = AttentionFacts(max_model_len=2048, kv_blocks=100, block_size=16, max_num_seqs=64)
+    assert seats([facts], 160.0) == 10
+    assert seats([facts], 2.0) == 64
+    assert seats([], 100.0) == 64
+
+
+def test_a_rate_that_cannot_be_served_gets_the_plan_for_the_most_that_can() -> None:
+    assert nearest(lambda rate: rate if rate <= 5 else None, 10.0) == pytest.approx(4.78, abs=0.01)
+    with pytest.raises(Unservable):
+        nearest(lambda rate: None, 10.0)
+
+
+def test_the_next_rate_is_a_quantile_of_the_last_few() -> None:
+
+    rates = np.array([9.0, 1.0, 2.0, 3.0])
+    assert moving_quantile(rates, 3, 1.0) == 3.0
+    assert moving_quantile(rates, 3, 0.5) == 2.0
