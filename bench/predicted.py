@@ -1,60 +1,101 @@
 """How well are times per token predicted, for batches and contexts that the fit has not seen?
 
-    python bench/predicted.py --model DIR [--experts 1,2] --json
+    python bench/predicted.py --model DIR [--only paced] --json
 
-`moemesh profile` measures meshes on this machine and fits the performance model to them; other batches and contexts are
-measured in the same meshes and compared with what the fit says of them. a_max comes from routing that the first mesh
-recorded meanwhile.
+Two sets, each with a fit of its own, as `moemesh profile` makes it: meshes of a checkpoint at this machine's own speed
+(1A1E and 1A2E), and paced meshes of up to 4A8E, which keep the times of a synthetic profile (docs/operations.md) around the
+embedded model's computation. Other batches and contexts are measured in the same meshes, in mixed order, and compared
+with what the model says of them. a_max comes from routing that the first mesh of each set recorded meanwhile.
 """
 
 import argparse
 import asyncio
 import random
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import Bar, median, report
 
-from shared.cli.profile import a_max, show
-from shared.cli.profiling import Shape, measure
+from shared.cli.owned import owned_directory
+from shared.cli.profile import show, tables_of
+from shared.cli.profiling import REPEATS, Shape, measure, with_a_max
 from shared.models.source import open_source
-from shared.planning.fit import errors, fit
-from shared.planning.routing import recorded
+from shared.planning.fit import fit
+from shared.planning.here import predicted
+from shared.planning.sizes import sizes_of
 
-FITTED = [(batch, context) for batch in (1, 2, 4, 8, 16, 32) for context in (64, 512)]
-HELD_OUT = [(1, 250), (3, 100), (6, 400), (12, 64), (12, 300), (24, 200)]
 MOST_MEDIAN, MOST_WORST = 0.10, 0.25
+Mesh = tuple[int, int]
+Work = tuple[int, int]
 
 
-async def run(args: argparse.Namespace, trace: Path) -> tuple[dict[str, Any], list[Bar]]:
-    spec = open_source(args.model).spec
-    instances = [int(n) for n in args.experts.split(",")]
-    shapes = [Shape(n, b, c) for n in instances for b, c in FITTED + HELD_OUT]
-    random.Random(0).shuffle(shapes)  # what the machine does meanwhile must not look like a difference of shapes
-    points = await measure(args.model, shapes, {}, spec.vocab_size, trace)
-    routing = recorded(trace, spec.router.experts, spec.router.top_k)
-    held = [p for p in points if (p.batch, int(p.context)) in HELD_OUT]
-    seen = [p for p in points if (p.batch, int(p.context)) in FITTED]
-    fitted = fit(seen, len(spec.layers), len(spec.moe_layers), spec.router.top_k)
-    for some in (seen, held):
-        show(some, errors(fitted, some, a_max(routing, some)))
-    off = [abs(error) for error in errors(fitted, held, a_max(routing, held))]
-    result = {"model": args.model, "fitted": vars(fitted), "held_out": [vars(p) for p in held], "errors": off}
-    return result, [
-        Bar(f"error of predicted time per token, median of {len(held)}", median(off), MOST_MEDIAN, True),
-        Bar("worst error of a predicted time per token", max(off), MOST_WORST, True),
-    ]
+@dataclass(frozen=True)
+class Set:
+    """Meshes (attention, experts), and (batch, context) of what the fit sees and of what it does not see."""
+
+    meshes: tuple[Mesh, ...]
+    fitted: tuple[Work, ...]
+    held_out: tuple[Work, ...]
+    pace: str = ""
+    repeats: int = REPEATS
+
+    def shapes(self) -> list[Shape]:
+        """In mixed order."""
+        every = [Shape(a, e, b, c) for a, e in self.meshes for b, c in self.fitted + self.held_out]
+        return random.Random(0).sample(every, len(every))
+
+
+SETS = {
+    "unpaced": Set(
+        ((1, 1), (1, 2)),
+        tuple((batch, 64) for batch in (1, 2, 4, 8, 16, 32)) + ((1, 384), (4, 384), (16, 384)),
+        ((1, 250), (3, 100), (6, 300), (12, 64), (12, 200), (24, 150)),
+    ),
+    "paced": Set(
+        ((1, 1), (1, 4), (2, 4), (4, 4), (4, 8)),
+        ((4, 64), (16, 64), (48, 64), (8, 192), (32, 192)),
+        ((6, 100), (12, 150), (24, 64), (40, 128)),
+        pace="synthetic-10ms",
+        repeats=1,
+    ),
+}
+
+
+async def run(model: str, chosen: Set, trace: Path) -> tuple[dict[str, Any], list[float]]:
+    """What was measured and predicted, and the errors for what was held out, as shares."""
+    source = open_source(model)
+    sizes = sizes_of(source.spec, source.name)
+    measured = await measure(model, chosen.shapes(), source.spec.vocab_size, trace, chosen.pace, chosen.repeats)
+    tables = tables_of(trace, sizes, measured)
+    points = with_a_max(measured, tables)
+    seen, held = ([p for p in points if (p.batch, int(p.context)) in work] for work in (chosen.fitted, chosen.held_out))
+    fitted = fit(seen, sizes, chosen.pace)
+    told = predicted(fitted, tables, held)
+    show(seen, predicted(fitted, tables, seen))
+    show(held, told)
+    rows = [{**vars(point), "predicted_s": seconds} for point, seconds in zip(held, told, strict=True)]
+    facts = {"model": source.name, "pace": chosen.pace, "held_out": rows, "seen": [vars(point) for point in seen]}
+    return facts, [abs(row["predicted_s"] / row["step_s"] - 1) for row in rows]
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="checkpoint directory (moemesh models make --preset bench-1b)")
-    p.add_argument("--experts", default="1,2", help="numbers of expert instances")
+    p.add_argument("--only", choices=SETS, help="one of the sets")
     p.add_argument("--json", action="store_true", help="accepted for symmetry: the last line is always JSON")
     args = p.parse_args()
-    with tempfile.TemporaryDirectory(prefix="moemesh-predicted-") as scratch:
-        report("predicted", *asyncio.run(run(args, Path(scratch) / "routing.trace")))
+    result: dict[str, Any] = {}
+    bars = []
+    for name in [args.only] if args.only else SETS:
+        with owned_directory("moemesh-bench-") as scratch:
+            model = "" if SETS[name].pace else args.model
+            result[name], off = asyncio.run(run(model, SETS[name], scratch / "routing.trace"))
+        bars += [
+            Bar(f"{name}: error of predicted time per token, median of {len(off)}", median(off), MOST_MEDIAN, True),
+            Bar(f"{name}: worst error of a predicted time per token", max(off), MOST_WORST, True),
+        ]
+    report("predicted", result, bars)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "paced_seconds": ("counter", "Time that work took by the device profile."),
     "paced_late_seconds": ("counter", "Time that work took longer than the device profile says."),
     "compute_seconds": ("counter", "Time that experts spent on exchanges, waiting for frames excluded."),
+    "answers": ("counter", "Exchanges for which experts were computed, those of a group once."),
     "exchange_bytes": ("counter", "Bytes of frames on the data plane, by direction."),
     "exchange_repeats": ("counter", "Exchanges that were sent again."),
     "groups": ("counter", "Groups of attention instances: formed, and broken while their step ran."),

@@ -86,6 +86,8 @@ class ServerStats:
     """Frames without an answer: foreign, unknown_sender, bad_hello, unexpected."""
     refused: Counter[str] = field(default_factory=Counter)
     """By name of the refusal."""
+    answers: int = 0
+    """Exchanges for which parts were computed, those of a group once."""
     parts: int = 0
     bytes_received: int = 0
     bytes_sent: int = 0
@@ -245,6 +247,7 @@ class Answers:
         self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
 
     def _end(self, begun: int, header: Header, parts: int) -> None:
+        self.stats.answers += 1
         self.stats.parts += parts
         trace = header.trace_id, header.span_id
         if self._record and trace != NO_TRACE:

@@ -95,6 +95,7 @@ class ExpertsService:
         yield sample("exchange_bytes", stats.bytes_sent, direction="sent")
         yield sample("exchange_bytes", stats.bytes_received, direction="received")
         yield sample("compute_seconds", stats.busy_s)
+        yield sample("answers", stats.answers)
         yield from self._pace.samples()
         yield from self._elastic.samples() if self._elastic else ()
         refused = {f"refused_{code}": count for code, count in stats.refused.copy().items()}

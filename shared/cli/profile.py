@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,37 +11,45 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from shared.planning.amax import Amax
     from shared.planning.fit import Point
-    from shared.planning.routing import Routing
+    from shared.planning.sizes import Sizes
 
 
 def profile(
     model: Annotated[str, typer.Option(help="directory of a checkpoint, or a hub id")],
     out: Annotated[Path, typer.Option(help="file to write; the routing that was seen goes beside it, as .trace")],
+    attention: Annotated[str, typer.Option(help="numbers of attention instances")] = "1",
     experts: Annotated[str, typer.Option(help="numbers of expert instances")] = "1,2",
-    batch: Annotated[str, typer.Option(help="numbers of sequences")] = "1,2,4,8,16,32",
+    batch: Annotated[str, typer.Option(help="numbers of sequences in a mesh")] = "1,2,4,8,16,32",
     context: Annotated[str, typer.Option(help="positions that tokens attend to")] = "64,512",
+    pace: Annotated[str, typer.Option(help="device profile, by name or file, whose times instances keep")] = "",
 ) -> None:
     """Fit the time of a step on the live mesh, and say how well the fit predicts what it was made from."""
-    from shared.cli.profiling import Shape, measure
+    from shared.cli.profiling import Shape, measure, with_a_max
+    from shared.device_profile import load_profile
     from shared.errors import ConfigError
     from shared.models.source import open_source
-    from shared.planning.fit import errors, fit
+    from shared.planning.fit import fit
     from shared.planning.fitted_file import save_fitted
-    from shared.planning.routing import recorded
+    from shared.planning.here import predicted
+    from shared.planning.sizes import sizes_of
 
     source, trace = open_source(model), out.with_suffix(".trace")
+    paced = load_profile("--pace", pace).name if pace else ""
     for path in (out, trace):
         if path.exists():
             raise ConfigError("--out", f"{path} is there already")
-    sizes = [numbers("--experts", experts), numbers("--batch", batch), numbers("--context", context)]
-    shapes = [Shape(e, b, c) for e in sizes[0] for b in sizes[1] for c in sizes[2]]
-    points = asyncio.run(measure(model, shapes, {}, source.spec.vocab_size, trace))
-    spec = source.spec
-    fitted = fit(points, len(spec.layers), len(spec.moe_layers), spec.router.top_k)
-    save_fitted(out, fitted, points, source.name, source.digest)
-    tables = a_max(recorded(trace, spec.router.experts, spec.router.top_k), points)
-    show(points, errors(fitted, points, tables))
+    given = {"--attention": attention, "--experts": experts, "--batch": batch, "--context": context}
+    every = [Shape(*shape) for shape in product(*(numbers(name, text) for name, text in given.items()))]
+    shapes = [shape for shape in every if shape.batch >= shape.attention]  # else some would be idle
+    measured = asyncio.run(measure(model, shapes, source.spec.vocab_size, trace, pace))
+    sizes = sizes_of(source.spec, source.name)
+    tables = tables_of(trace, sizes, measured)
+    points = with_a_max(measured, tables)
+    fitted = fit(points, sizes, paced)
+    save_fitted(out, fitted, points, source.digest)
+    show(points, predicted(fitted, tables, points))
 
 
 def numbers(name: str, text: str) -> list[int]:
@@ -53,25 +62,23 @@ def numbers(name: str, text: str) -> list[int]:
     return [int(part) for part in found]
 
 
-def a_max(routing: "Routing", points: Sequence["Point"]) -> list[float]:
-    """Activated experts on the busiest instance for every point, mean over layers, from routing."""
-    import numpy as np
+def tables_of(trace: Path, sizes: "Sizes", points: Sequence["Point"]) -> "Amax":
+    """a_max for as many expert instances as were measured, from routing that was recorded meanwhile."""
+    from shared.planning.assemble import experts_table
+    from shared.planning.routing import recorded
 
-    from shared.planning.amax import monte_carlo
-
-    tables = monte_carlo(routing, routing.experts, max(point.experts for point in points))
-    instances, rows = (np.array([getattr(p, name) for p in points], float) for name in ("experts", "batch"))
-    return tables.look(instances, rows).mean(axis=0).tolist()
+    routing = recorded(trace, sizes.experts, sizes.top_k, max(point.batch for point in points))
+    return experts_table(routing, sizes, sizes.experts, max(point.experts for point in points), lambda _: None)
 
 
-def show(points: Sequence["Point"], off: Sequence[float]) -> None:
+def show(points: Sequence["Point"], predictions: Sequence[float]) -> None:
     """Measured and predicted, side by side, and how far they are apart."""
-    table = Table("mesh", "batch", "context", "ms per token", "predicted", "error", box=None)
-    for point, error in zip(points, off, strict=True):
-        measured = point.step_s * 1e3
-        cells = f"1A{point.experts}E", str(point.batch), f"{point.context:g}", f"{measured:.1f}"
-        table.add_row(*cells, f"{measured * (1 + error):.1f}", f"{error:+.0%}")
+    table = Table("mesh", "batch", "context", "ms per token", "predicted", "error", "late", box=None)
+    errors = [told / point.step_s - 1 for told, point in zip(predictions, points, strict=True)]
+    for point, told, error in zip(points, predictions, errors, strict=True):
+        cells = f"{point.attention}A{point.experts}E", str(point.batch), f"{point.context:g}"
+        table.add_row(*cells, f"{point.step_s * 1e3:.1f}", f"{told * 1e3:.1f}", f"{error:+.0%}", f"{point.late:.0%}")
     console = Console()
     console.print(table)
-    sizes = sorted(map(abs, off))
+    sizes = sorted(map(abs, errors))
     console.print(f"errors: median {sizes[len(sizes) // 2]:.1%}, worst {sizes[-1]:.1%}", highlight=False)

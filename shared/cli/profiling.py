@@ -4,8 +4,9 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ from shared.cli.mesh import LocalMesh, MeshOptions
 from shared.cli.status import look
 from shared.errors import MoemeshError
 from shared.messages import Kind
+from shared.planning.amax import Amax
 from shared.planning.fit import Point
 from shared.traces.recorder import Limits, record
 
@@ -23,7 +25,10 @@ OUTPUT = 96
 LEAST_TOKENS = 8
 """Of every stream in the span that is measured."""
 REPEATS = 3
+"""Of a shape; the one with the median time counts."""
 MESH = "profile"
+SETTINGS = {"prefix_cache": "false", "micro_batches": "1"}
+"""Every batch computes its prompts, and steps are whole: the model has no second micro-batch here."""
 
 
 class NotMeasured(MoemeshError):
@@ -34,21 +39,31 @@ class NotMeasured(MoemeshError):
 class Shape:
     """What is measured in one go."""
 
+    attention: int
+    """Instances,"""
     experts: int
+    """of either pool."""
     batch: int
+    """Sequences of all attention instances."""
     context: int
     """Positions that a row attends to in the middle of the output."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the instances of a mesh have counted."""
+    """What the instances of a mesh have counted, summed over each pool."""
 
     exchanges: float
+    """As attention instances count them: those of a group count for each member."""
     exchange_s: float
+    answers: float
+    """Of expert instances to exchanges; those of a group count once."""
     compute_s: float
-    """Of all expert instances."""
     activations: float
+    modelled_s: float
+    """Of paced instances: what their work should have taken,"""
+    late_s: float
+    """and what it took longer."""
 
     def __sub__(self, before: "Counts") -> "Counts":
         pairs = zip(vars(self).values(), vars(before).values(), strict=True)
@@ -77,32 +92,53 @@ class Pages:
         return Counts(
             exchanges=total(attention, "exchange_seconds_count"),
             exchange_s=total(attention, "exchange_seconds_sum"),
+            answers=total(experts, "answers_total"),
             compute_s=total(experts, "compute_seconds_total"),
             activations=total(experts, "expert_activations_total"),
+            modelled_s=total(attention + experts, "paced_seconds_total"),
+            late_s=total(attention + experts, "paced_late_seconds_total"),
         )
 
 
 async def measure(
-    model: str, shapes: Sequence[Shape], settings: dict[str, str], vocab: int, trace: Path | None = None
+    model: str, shapes: Sequence[Shape], vocab: int, trace: Path | None = None, pace: str = "", repeats: int = REPEATS
 ) -> list[Point]:
-    """Medians of REPEATS for every shape; ``trace``: a new file for the routing of one mesh. Raises NotMeasured."""
+    """The median of the repeats for every shape, by meshes. Shapes take turns, so that what the machine does meanwhile
+    does not look like a difference between them.
+
+    Args:
+        trace: a new file for the routing of the first mesh.
+        pace: profile whose times instances keep; "": their own.
+
+    Raises:
+        NotMeasured: a batch did not decode long enough together.
+    """
     points = []
-    for experts in sorted({shape.experts for shape in shapes}):
-        options = MeshOptions(
-            model=model, experts=experts, port=0, mesh=MESH, settings={"prefix_cache": "false", **settings}
-        )
-        mine = [shape for shape in shapes if shape.experts == experts]
-        async with LocalMesh(options) as mesh:
-            pages, stop, recording = await Pages.of(mesh), asyncio.Event(), None
-            if trace:
-                recording = asyncio.create_task(record(mesh.nats_url, MESH, trace, stop, Limits()))
-                trace = None  # of one mesh
-            for shape in mine:
-                points.append(middle([await one(mesh, pages, shape, vocab, seed) for seed in range(REPEATS)]))
-            stop.set()
-            if recording:
-                await recording
+    for attention, experts in sorted({(shape.attention, shape.experts) for shape in shapes}):
+        mine = [shape for shape in shapes if (shape.attention, shape.experts) == (attention, experts)]
+        options = MeshOptions(model, attention, experts, port=0, mesh=MESH, settings={**SETTINGS, "pace": pace})
+        async with LocalMesh(options) as mesh, recorded_to(trace, mesh):
+            trace = None  # of one mesh
+            pages = await Pages.of(mesh)
+            await one(mesh, pages, mine[0], vocab, seed=repeats)  # ways are tried, shapes of steps recorded
+            rounds = [[await one(mesh, pages, shape, vocab, seed) for shape in mine] for seed in range(repeats)]
+            points += map(middle, zip(*rounds, strict=True))
     return points
+
+
+@asynccontextmanager
+async def recorded_to(trace: Path | None, mesh: LocalMesh) -> AsyncIterator[None]:
+    """The mesh's routing goes to a new file; None: nowhere."""
+    if trace is None:
+        yield
+        return
+    stop = asyncio.Event()
+    recording = asyncio.create_task(record(mesh.nats_url, MESH, trace, stop, Limits()))
+    try:
+        yield
+    finally:
+        stop.set()
+        await recording
 
 
 def middle(points: Sequence[Point]) -> Point:
@@ -113,7 +149,7 @@ def middle(points: Sequence[Point]) -> Point:
 async def one(mesh: LocalMesh, pages: Pages, shape: Shape, vocab: int, seed: int) -> Point:
     """One batch. Raises NotMeasured."""
     prompt = max(1, shape.context - OUTPUT // 2)
-    ids = np.random.default_rng([seed, shape.batch]).integers(1, vocab, (shape.batch, prompt)).tolist()
+    ids = np.random.default_rng([seed, *astuple(shape)]).integers(1, vocab, (shape.batch, prompt)).tolist()
     arrivals: list[list[float]] = [[] for _ in ids]
     limits = httpx.Limits(max_connections=shape.batch + 1)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client, asyncio.TaskGroup() as tasks:
@@ -133,21 +169,34 @@ def point_of(shape: Shape, arrivals: Sequence[Sequence[float]], taken: Counts) -
     if min(map(len, spans)) < LEAST_TOKENS or not taken.exchanges:
         raise NotMeasured(f"{shape.batch} streams of {OUTPUT} tokens did not decode together: give a smaller batch")
     gaps = [(times[-1] - times[0]) / (len(times) - 1) for times in spans]
-    each = taken.exchanges * shape.experts
+    activated = taken.activations / taken.answers
     return Point(
+        attention=shape.attention,
         experts=shape.experts,
         batch=shape.batch,
         context=float(shape.context),
         step_s=float(np.median(gaps)),
         exchange_s=taken.exchange_s / taken.exchanges,
-        expert_s=taken.compute_s / each,
-        activated=taken.activations / each,
+        expert_s=taken.compute_s / taken.answers,
+        activated=activated,
+        a_max=activated,
+        late=taken.late_s / taken.modelled_s if taken.modelled_s else 0.0,
     )
 
 
+def with_a_max(points: Sequence[Point], tables: Amax) -> list[Point]:
+    """Points know what an instance activates in the mean; tables tell it of the busiest one."""
+    instances, rows = (np.array([getattr(point, name) for point in points], float) for name in ("experts", "batch"))
+    busiest = tables.look(instances, rows).mean(axis=0)
+    return [replace(p, a_max=max(p.activated, float(most))) for p, most in zip(points, busiest, strict=True)]
+
+
 async def stream(client: httpx.AsyncClient, url: str, ids: list[int], arrivals: list[float]) -> None:
-    """One completion; notes when its tokens come. Raises NotMeasured."""
-    body = {"prompt": ids, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True, "stream": True}
+    """One completion; notes when its tokens come. Raises NotMeasured.
+
+    Sampled: greedy continuations soon agree in their tokens, and then a whole batch asks the same few experts.
+    """
+    body = {"prompt": ids, "max_tokens": OUTPUT, "temperature": 1.0, "seed": sum(ids), "ignore_eos": True, "stream": True}
     async with client.stream("POST", url + "/v1/completions", json=body | {"return_token_ids": True}) as response:
         if response.status_code != 200:
             raise NotMeasured((await response.aread()).decode())

@@ -47,6 +47,8 @@ class Point:
     """Experts of an exchange on an instance, mean,"""
     a_max: float
     """and on the busiest one."""
+    late: float = 0.0
+    """Of paced instances: what their work took longer than it should have, as a share. Much: too many for these cores."""
 
 
 @dataclass(frozen=True)

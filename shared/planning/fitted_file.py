@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from shared.errors import MoemeshError
 from shared.planning.exchange import Measured
@@ -35,7 +35,7 @@ def load_fitted(path: Path, digest: str) -> tuple[Fitted, list[Point]]:
         coefficients = found["fitted"] | {"exchange": Measured(**found["fitted"]["exchange"])}
         fitted = TypeAdapter(Fitted).validate_python(coefficients)
         points = TypeAdapter(list[Point]).validate_python(found["points"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadProfile(f"{path}: no profile of `moemesh profile` ({error})") from error
     if found["digest"] != digest:
         raise BadProfile(f"{path}: fitted to {found['model']}, another model: run `moemesh profile` for this one")

@@ -61,9 +61,13 @@ def _everything(experts: int) -> Ids:
     return np.tile(np.arange(experts, dtype=np.int32), (ROWS, 1))
 
 
-def recorded(path: Path, experts: int, top_k: int) -> Routing:
-    """All rows of a trace. Raises BadTrace when it is none of such a model, or when a layer has too few rows."""
-    exchanges = load_trace(path)
+def recorded(path: Path, experts: int, top_k: int, most: int | None = None) -> Routing:
+    """All rows of a trace. Raises BadTrace when it is none of such a model, or when a layer has too few rows.
+
+    Args:
+        most: rows of an exchange that counts; those with more are chunks of prompts. None: all count.
+    """
+    exchanges = [exchange for exchange in load_trace(path) if most is None or len(exchange.ids) <= most]
     if is_native(path) and read_header(path).experts != experts:
         raise BadTrace(path, "header", f"{read_header(path).experts} experts, but the model has {experts}")
     layers = tuple(sorted({exchange.layer for exchange in exchanges}))
