@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[Path, typer.Option(help="directory of a checkpoint, or a config.json alone")],
-    hardware: Annotated[str, typer.Option(help="device of both pools: h100, h200, a100, l40s")],
     slo_tpot_ms: Annotated[float, typer.Option(min=0.001, help="time per output token, mean")],
     rate: Annotated[float, typer.Option(min=1e-6, help="requests per second")],
+    hardware: Annotated[str, typer.Option(help="device of both pools: h100, h200, a100, l40s")] = "",
+    profile: Annotated[Path | None, typer.Option(help="file of `moemesh profile`: plan for the machine it ran on")] = None,
     attention_hardware: Annotated[str, typer.Option(help="device of the attention pool; else --hardware")] = "",
     expert_hardware: Annotated[str, typer.Option(help="device of the expert pool; else --hardware")] = "",
     link: Annotated[str, typer.Option(help="between nodes: infiniband, ethernet-25, ...")] = "infiniband",
@@ -42,6 +43,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> None:
     """Find the fewest (or cheapest) devices that keep a time per token, and say why. All times are computed."""
+    _one_of(hardware, attention_hardware, expert_hardware, profile)
     from shared.planning.assemble import Names
     from shared.planning.hardware import FILE
     from shared.planning.session import Question, refusal
@@ -54,7 +56,7 @@ def plan(
     demand = Demand(rate, prompt or max(1.0, context - output / 2), output, chunk)
     slo = Slo(slo_tpot_ms / 1e3, slo_ttft_ms / 1e3 if slo_ttft_ms else float("inf"))
     routing = None if bound else zipf
-    question = Question(model, names, demand, slo, trace, routing, tables, hardware_file or FILE, most)
+    question = Question(model, names, demand, slo, trace, routing, tables, hardware_file or FILE, most, profile)
     given = _ask(question, top)
     if plot:
         _plot(question, given, plot)
@@ -64,6 +66,16 @@ def plan(
         raise refusal(question, given)
     if not as_json:
         _print(question, given)
+
+
+def _one_of(hardware: str, attention: str, experts: str, profile: Path | None) -> None:
+    """Devices by name, or this machine. Raises ConfigError for both and for neither."""
+    from shared.errors import ConfigError
+
+    if profile and (hardware or attention or experts):
+        raise ConfigError("--profile", "a profile is of the machine that it was made on: leave out --hardware")
+    if not profile and not hardware and not (attention and experts):
+        raise ConfigError("--hardware", "name a device, as in --hardware h100, or give a --profile of this machine")
 
 
 def _ask(question: "Question", top: int) -> "Answer":
@@ -84,7 +96,7 @@ def _facts(question: "Question", given: "Answer") -> dict[str, Any]:
     plans = {"best": found.best, "mesh": found.mesh, "monolith": found.monolith, "binding": found.binding}
     return {
         "model": setting.sizes.name,
-        "hardware": vars(question.names),
+        "hardware": vars(question.names) if question.profile is None else str(question.profile),
         "demand": vars(question.demand),
         "slo_tpot_s": slo.tpot_s,
         "slo_ttft_s": None if slo.ttft_s == float("inf") else slo.ttft_s,
@@ -110,7 +122,8 @@ def _print(question: "Question", given: "Answer") -> None:
     found, setting, out = given.found, given.setting, Console(highlight=False)
     best = found.best
     assert best is not None
-    out.print(f"{setting.sizes.name}; a_max by {setting.tables.about}; all times are computed", soft_wrap=True)
+    source = f"by {question.profile}; prompts count as rows of decode do" if question.profile else "all times are computed"
+    out.print(f"{setting.sizes.name}; a_max by {setting.tables.about}; {source}", soft_wrap=True)
     for line in chosen(best, setting):
         out.print(line, soft_wrap=True)
     out.print(f"why not less: {binding(found)}", soft_wrap=True)
@@ -126,7 +139,8 @@ def _print(question: "Question", given: "Answer") -> None:
     out.print(table)
     other = found.mesh if best.kind == "monolith" else found.monolith
     kind = "mesh" if best.kind == "monolith" else "monolith"
-    out.print(f"the best {kind}: {other.name}, price {other.price:g}" if other else f"no {kind} keeps the limits")
+    if not question.profile:  # of monoliths there are no measurements
+        out.print(f"the best {kind}: {other.name}, price {other.price:g}" if other else f"no {kind} keeps the limits")
     out.print(
         f"{found.looked_at} of {found.space} candidates looked at; {given.exact:.1%} from the optimum of all of them"
     )

@@ -29,7 +29,9 @@ WINDOW, WINDOW_ROWS = 64, 64
 """What a placement is made from: so many exchanges of so many rows."""
 FINE = 16
 """Up to so many instances, and for this many more than the fewest, every number is tried; beyond, steps grow."""
-FORMAT = 1
+FORMAT = 2
+BOUND = "bound"
+"""In place of a policy."""
 
 Show = Callable[[float], None]
 
@@ -40,6 +42,10 @@ class Amax:
 
     about: str
     policy: str
+    experts: int
+    """Of a layer,"""
+    top_k: int
+    """and of a row."""
     slots: int
     """Replicas of a layer per instance."""
     layers: tuple[int, ...]
@@ -104,8 +110,9 @@ def monte_carlo(
             show((layer * len(grid) + i + 1) / values[:, :, 0].size)
     every = np.arange(first, most + 1)
     dense = np.apply_along_axis(lambda known: np.interp(every, grid, known), 1, values)
-    rows = np.array(BATCHES, np.float64)
-    return Amax(routing.about, policy.value, slots, routing.layers, first, rows, tidy(dense, rows))
+    rows, top_k = np.array(BATCHES, np.float64), routing.rows[0].shape[1]
+    values = tidy(dense, rows)
+    return Amax(routing.about, policy.value, routing.experts, top_k, slots, routing.layers, first, rows, values)
 
 
 def instances_grid(first: int, most: int) -> list[int]:
@@ -166,7 +173,8 @@ def bound_table(experts: int, top_k: int, slots: int, most: int) -> Amax:
     first = -(-experts // slots)
     every, rows = np.arange(first, most + 1, dtype=np.float64), np.array(BATCHES, np.float64)
     values = bound(experts, top_k, every[:, None], rows[None])
-    return Amax("the bound for experts that are all alike", "bound", slots, (), first, rows, tidy(values[None], rows))
+    about = "the bound for experts that are all alike"
+    return Amax(about, BOUND, experts, top_k, slots, (), first, rows, tidy(values[None], rows))
 
 
 def tidy(values: Floats, rows: Floats) -> Floats:
@@ -178,7 +186,7 @@ def tidy(values: Floats, rows: Floats) -> Floats:
 
 def save(table: Amax, file: Path) -> None:
     """Write a table; ``load`` reads it."""
-    facts = {"about": table.about, "policy": table.policy, "slots": table.slots, "first": table.first}
+    names = ("about", "policy", "experts", "top_k", "slots", "first")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as out:
         np.savez_compressed(
@@ -187,7 +195,7 @@ def save(table: Amax, file: Path) -> None:
             layers=np.array(table.layers, np.int64),
             batches=table.batches,
             values=table.values,
-            **facts,
+            **{name: getattr(table, name) for name in names},
         )  # pyright: ignore[reportArgumentType]
 
 
@@ -198,8 +206,9 @@ def load(file: Path) -> Amax:
             if int(found["format"]) != FORMAT:
                 raise ConfigError("--tables", f"{file}: format {found['format']}, this program reads {FORMAT}")
             return Amax(
-                str(found["about"]), str(found["policy"]), int(found["slots"]), tuple(map(int, found["layers"])),
-                int(found["first"]), found["batches"], found["values"],
+                str(found["about"]), str(found["policy"]), int(found["experts"]), int(found["top_k"]),
+                int(found["slots"]), tuple(map(int, found["layers"])), int(found["first"]), found["batches"],
+                found["values"],
             )  # fmt: skip
     except (KeyError, ValueError, EOFError) as error:
         raise ConfigError("--tables", f"{file}: not a table of a_max ({error})") from error

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shared.errors import ConfigError
-from shared.planning.amax import Amax, bound_table, monte_carlo
+from shared.planning.amax import BOUND, Amax, bound_table, monte_carlo
 from shared.planning.coefficients import costs_of
 from shared.planning.exchange import Fabric
 from shared.planning.hardware import PER_NODE, Hardware, Link
@@ -91,12 +91,19 @@ def units_table(routing: Routing | None, sizes: Sizes, most: int, show: Callable
 
 
 def check(tables: Amax, sizes: Sizes, slots: int) -> None:
-    """Refuse tables of other slots or of more layers than the model has. Raises ConfigError."""
+    """Refuse tables of another model, of other slots or of another choice of replicas. Raises ConfigError."""
+    theirs, ours = (tables.experts, tables.top_k), (sizes.experts, sizes.top_k)
+    if theirs != ours:
+        routes = "{} of {} experts for each row"
+        problem = f"they are of another model, with {routes.format(*theirs[::-1])}: here it is {routes.format(*ours[::-1])}"
+        raise ConfigError("--tables", problem)
+    foreign = sorted(set(tables.layers) - set(sizes.moe_layers))
+    if foreign:
+        raise ConfigError("--tables", f"they are of another model: layer {foreign[0]} of this one has no experts")
     if tables.slots != slots:
         raise ConfigError("--tables", f"they are of {tables.slots} slots, here instances have {slots}")
-    if len(tables.values) > len(sizes.moe_layers):
-        problem = f"they have {len(tables.values)} layers, the model {len(sizes.moe_layers)} with experts"
-        raise ConfigError("--tables", problem)
+    if tables.policy not in (Policy.ACTIVATED.value, BOUND):
+        raise ConfigError("--tables", f"replicas are chosen by {tables.policy} there, here by {Policy.ACTIVATED.value}")
 
 
 def _speed(link: Link) -> float:

@@ -19,8 +19,8 @@ def chosen(plan: Plan, setting: Setting) -> list[str]:
         f"{plan.tokens_per_s:.0f} tokens/s, {plan.tokens_per_s_device:.1f} for each device",
         "a step: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in plan.parts.items())
         + " (what others hide is counted in full)",
-        f"a_max {plan.a_max:.1f} (bound for experts that are alike: {most:.1f}), exchanges go {plan.way}, "
-        f"memory of attention {plan.memory:.0%} used",
+        f"a_max {plan.a_max:.1f} (bound for experts that are alike: {most:.1f}), exchanges go {plan.way}"
+        + (f", memory of attention {plan.memory:.0%} used" if plan.memory else ""),
     ]  # fmt: skip
     if plan.kind == "mesh":
         lines.append(f"{plan.slots} slots per layer and expert instance: {plan.homes:.2f} homes for each expert")
