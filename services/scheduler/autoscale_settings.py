@@ -44,8 +44,9 @@ def read_profile(file: str, model: str) -> Profile:
     path, source = Path(file), open_source(model)
     trace = path.with_suffix(".trace")
     try:
-        fitted, _ = load_fitted(path, source.digest)
-        return Profile(fitted, recorded(trace, fitted.sizes.experts, fitted.sizes.top_k), source.digest)
+        fitted, points = load_fitted(path, source.digest)
+        most = max((point.batch for point in points), default=None)
+        return Profile(fitted, recorded(trace, fitted.sizes.experts, fitted.sizes.top_k, most), source.digest)
     except (BadProfile, BadTrace) as error:
         raise ConfigError("--profile", str(error)) from error
     except OSError as error:

@@ -1,6 +1,7 @@
 """A mesh of made-up speed for the tests of autoscaling: the demo model's shape, coefficients of no device."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +13,11 @@ from shared.load_messages import WAIT_EDGES, Served, Waits
 from shared.models.source import open_source
 from shared.planning.exchange import Measured
 from shared.planning.fit import Fitted
+from shared.planning.fitted_file import save_fitted
 from shared.planning.routing import synthetic
 from shared.planning.setting import Slo
 from shared.planning.sizes import sizes_of
+from shared.traces.native import Header, TraceWriter
 
 EXPERT_S = 2e-3
 """Of an activated expert: what makes the expert pool's size matter."""
@@ -71,3 +74,13 @@ def steady_traffic(rate: int, output: int, tpot_s: float, seconds: int = 30) -> 
             float(second),
         )  # fmt: skip
     return traffic
+
+
+def write_profile(path: Path, of: Fitted, digest: str) -> None:
+    """A profile, and a trace of synthetic routing beside it."""
+    save_fitted(path, of, [], digest)
+    header = Header(of.sizes.name, digest, of.sizes.experts, of.sizes.moe_layers)
+    (ids,) = synthetic(of.sizes.experts, of.sizes.top_k, 0.6).rows
+    with TraceWriter(path.with_suffix(".trace"), header) as writer:
+        for layer in of.sizes.moe_layers:
+            writer.append(layer, 0, ids[:4096])

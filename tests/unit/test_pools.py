@@ -3,10 +3,24 @@
 import pytest
 
 from services.scheduler.placement import TooFewSlots
-from services.scheduler.pools import AGAIN_S, LONGEST_RETRY_S, RETRY_S, Asked, Change, check, next_change, present
+from services.scheduler.pools import (
+    AGAIN_S,
+    BY_HAND,
+    LONGEST_RETRY_S,
+    LONGEST_S,
+    RETRY_S,
+    Asked,
+    Change,
+    by_hand,
+    check,
+    next_change,
+    present,
+    unfinished,
+)
 from shared.errors import Refused
 from shared.membership import Member
 from shared.messages import ExpertFacts, Heartbeat, Kind, ModelFacts, Pool, State
+from shared.pool_messages import Wish
 
 MODEL = ModelFacts(name="m", digest="aa", layers=2, moe_layers=(0, 1), experts=4, top_k=2)
 A, E = Pool.ATTENTION, Pool.EXPERTS
@@ -84,3 +98,28 @@ def test_instances_without_room_for_one_expert_per_layer_are_refused_in_words():
 
 def test_without_expert_instances_nobody_knows_their_slots_and_any_number_may_come_back():
     check(E, 1, [member(Kind.ATTENTION)], MODEL)
+
+
+def wish(count: int, reason: str = "autoscaling", at: float = 1000.0) -> Wish:
+    return Wish(count=count, author="s", reason=reason, time=at)
+
+
+@pytest.mark.parametrize(
+    ("count", "states", "said"),
+    [
+        (1, [State.READY], ""),
+        (2, [State.READY, State.STARTING], "experts: 1 of 2 are ready"),
+        (1, [State.READY, State.DRAINING], "experts: 1 of 1 are ready, 1 drain"),
+        (0, [], ""),
+    ],
+)
+def test_a_change_is_finished_when_all_are_ready_and_nobody_leaves(count: int, states: list[State], said: str):
+    members = [member(Kind.EXPERTS, state) for state in states]
+    assert unfinished({E: wish(count)}, members, 1001.0) == said
+    assert unfinished({E: wish(count)}, members, 1000.0 + LONGEST_S) == ""
+
+
+def test_what_a_person_has_asked_for_is_kept_for_a_while():
+    assert by_hand({E: wish(3, BY_HAND)}, 60.0, 1020.0) == "experts: 3 by hand, kept for 40 s more"
+    assert by_hand({E: wish(3, BY_HAND)}, 60.0, 1060.0) == ""
+    assert by_hand({E: wish(3)}, 60.0, 1020.0) == ""
