@@ -45,7 +45,7 @@ PACE = {
     "attention_row_s": 0.5e-3, "experts_s": 1e-3, "expert_s": 1.5e-3, "head_s": 2e-3, "link_latency_s": 0.3e-3,
 }  # fmt: skip
 SHAPES = [Shape(a, e, b, 64) for a, e in ((1, 1), (1, 2), (1, 3), (2, 3)) for b in (2, 6, 16)]
-RATE, PROMPT, OUTPUT, KINDS = 0.7, 32, 40, 8
+RATE, PROMPT, OUTPUT, KINDS = 0.7, 8, 40, 8
 """Requests per second at first, tokens, and different prompts."""
 JUST = 1.1
 """The SLO over what 1A1E is planned to take at first."""

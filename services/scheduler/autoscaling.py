@@ -22,8 +22,8 @@ LEAST_OFF, MOST_OFF = 0.5, 4.0
 """Between which a measured time over a predicted one is believed."""
 GAIN = 0.1
 """How much of a new measurement of it counts, each second."""
-ENOUGH = 32
-"""Tokens that a measurement takes."""
+ENOUGH, ENOUGH_FIRST = 32, 8
+"""Tokens, and first tokens, that a measurement takes."""
 
 
 class Model(Protocol):
@@ -117,7 +117,7 @@ def pressed(look: Look, rules: Rules, model: Model) -> Need | None:
         why = f"{measured.mean * 1e3:.0f} ms per token were measured, {rules.slo.tpot_s * 1e3:.0f} are allowed"
         return Need(look.now, _one_more(look, rules, model), why, measured.mean)
     first = look.steady.first
-    if first.count and first.mean > rules.slo.ttft_s:
+    if first.count >= ENOUGH_FIRST and first.mean > rules.slo.ttft_s:
         more = rules.within({**look.sizes, A: look.sizes[A] + 1})
         why = f"first tokens took {first.mean * 1e3:.0f} ms, {rules.slo.ttft_s * 1e3:.0f} are allowed"
         return Need(look.now, more, why, measured.mean)

@@ -62,13 +62,13 @@ def served(gateway: str = "g", incarnation: int = 1, seconds: float = 1.0, **fac
 
 
 def steady_traffic(rate: int, output: int, tpot_s: float, seconds: int = 30) -> Traffic:
-    """Requests of 100 + ``output`` tokens that came and ended at this rate until now, which is ``seconds``."""
+    """Requests of 2 + ``output`` tokens that came and ended at this rate until now, which is ``seconds``."""
     traffic = Traffic(seconds, 0.0)
     tokens = rate * output
     for second in range(1, seconds + 1):
         traffic.add(
             served(
-                arrived=rate, prompt_tokens=100 * rate, output_tokens=tokens, ended=rate, ended_tokens=tokens,
+                arrived=rate, prompt_tokens=2 * rate, output_tokens=tokens, ended=rate, ended_tokens=tokens,
                 open=round(tokens * tpot_s), inter=waits(tokens - rate, tpot_s), first=waits(rate, tpot_s),
             ),
             float(second),
