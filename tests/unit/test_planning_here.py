@@ -57,7 +57,7 @@ def test_a_measured_step_is_predicted_by_the_coefficients_that_made_it() -> None
 
 
 def test_only_sizes_that_were_measured_and_are_allowed_are_chosen() -> None:
-    demand, slo = Demand(30.0, 16.0, 64.0), Slo(0.2)
+    demand, slo = Demand(10.0, 16.0, 64.0), Slo(0.2)
     free = choose(TRUE, TABLES, demand, slo).plan
     assert free and free.attention <= 4 and free.experts <= 8
     more = choose(TRUE, TABLES, demand, slo, attention=(3, 64), experts=(6, 64)).plan
@@ -67,15 +67,15 @@ def test_only_sizes_that_were_measured_and_are_allowed_are_chosen() -> None:
 
 
 def test_why_nothing_smaller_will_do_is_said() -> None:
-    tight = choose(TRUE, TABLES, Demand(40.0, 16.0, 64.0), Slo(0.085))
+    tight = choose(TRUE, TABLES, Demand(10.0, 16.0, 64.0), Slo(0.085))
     assert tight.plan and tight.plan.devices > 2
     assert "would cost less, but" in tight.why and tight.nearest
-    never = choose(TRUE, TABLES, Demand(40.0, 16.0, 64.0), Slo(1e-3))
+    never = choose(TRUE, TABLES, Demand(10.0, 16.0, 64.0), Slo(1e-3))
     assert never.plan is None and "TPOT" in never.why and never.nearest
 
 
 def test_a_limit_on_the_first_token_counts() -> None:
-    demand = Demand(10.0, 256.0, 64.0)
+    demand = Demand(5.0, 64.0, 64.0)
     free = choose(TRUE, TABLES, demand, Slo(1.0)).plan
     assert free
     strict = choose(TRUE, TABLES, demand, Slo(1.0, free.ttft_s * 0.8))
@@ -83,6 +83,6 @@ def test_a_limit_on_the_first_token_counts() -> None:
 
 
 def test_dear_experts_are_replaced_by_attention() -> None:
-    demand, slo = Demand(40.0, 16.0, 64.0), Slo(0.1)
+    demand, slo = Demand(10.0, 16.0, 64.0), Slo(0.1)
     cheap, dear = (choose(TRUE, TABLES, demand, slo, expert_price=price).plan for price in (1.0, 50.0))
     assert cheap and dear and dear.experts <= cheap.experts
