@@ -21,7 +21,7 @@ from rich.table import Table
 BENCH = Path(__file__).parent
 SCRIPTS = (
     "decode.py", "limit.py", "groups.py", "ablation.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py",
-    "idle.py", "memory.py", "switch.py",
+    "idle.py", "memory.py", "switch.py", "predicted.py",
 )  # fmt: skip
 PURE = ("activation.py", "planning.py", "rebalance.py", "simulation.py")
 """Those that need no model, or bring their own."""

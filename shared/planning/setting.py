@@ -75,8 +75,7 @@ class Setting:
     tables: Amax
     """Of expert instances."""
     units: Amax
-    """Of monoliths: each expert once, on as many devices as the entry says."""| None
-    """Of monoliths: each expert once, on as many devices as the entry says. None: there are no monoliths to choose."""
+    """Of monoliths: each expert once, on as many devices as the entry says."""
     attention_price: float = 1.0
     """Of one attention instance."""
     expert_price: float = 1.0

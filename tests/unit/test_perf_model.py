@@ -38,7 +38,7 @@ def test_one_instance_takes_the_times_that_paced_instances_keep(rows: int, conte
     alone = arrays(1)
     attention = attention_seconds(COSTS, load(rows, context=context), alone)[0]
     assert attention == pytest.approx(device_profile.attention_seconds(PROFILE, rows, context))
-    experts = experts_seconds(COSTS, arrays(activated), arrays(rows))[0]
+    experts = experts_seconds(COSTS, arrays(activated), arrays(rows), alone)[0]
     assert experts == pytest.approx(device_profile.experts_seconds(PROFILE, activated))
     assert shared_seconds(COSTS, arrays(rows))[0] == pytest.approx(device_profile.shared_seconds(PROFILE, rows))
     assert head_seconds(COSTS, arrays(rows))[0] == pytest.approx(device_profile.head_seconds(PROFILE, rows))
@@ -98,7 +98,21 @@ def test_micro_batches_hide_what_is_linear_in_rows() -> None:
 
 def test_experts_that_compute_longer_than_they_read_are_bound_by_their_rows() -> None:
     costs = Costs(DeviceProfile("a"), DeviceProfile("e", experts_s=1.0, expert_s=2.0), 1, 1, 0.0, expert_row_s=0.5)
-    assert experts_seconds(costs, arrays(3, 3), arrays(4, 40)).tolist() == [7.0, 21.0]
+    assert experts_seconds(costs, arrays(3, 3), arrays(4, 40), arrays(1, 1)).tolist() == [7.0, 21.0]
+
+
+def test_on_a_shared_host_rows_cost_on_top_of_reading_which_depends_on_the_instances() -> None:
+    costs = Costs(DeviceProfile("a"), DeviceProfile("e", experts_s=1.0), 1, 1, 0.0, part_s=0.5, reading=((1, 2), (3, 4)))
+    several = arrays(1, 2, 3, 9)
+    assert experts_seconds(costs, arrays(1, 1, 1, 1), arrays(2, 2, 2, 2), several).tolist() == [4.0, 5.0, 6.0, 6.0]
+
+
+def test_attention_instances_of_a_host_cost_each_other_time_in_every_step() -> None:
+    profile = DeviceProfile("a", head_s=1.0)
+    costs = Costs(profile, DeviceProfile("e"), 1, 1, 0.0, member_s=0.5, token_s=0.25)
+    none = Times(arrays(0, 0), arrays(0, 0), np.zeros((1, 2)), arrays(0, 0))
+    load_of_four = Load(arrays(4, 4), arrays(0, 0), 0.0, 0.0)
+    assert step(costs, load_of_four, arrays(1, 3), none, arrays(1)).seconds.tolist() == [2.0, 3.0]
 
 
 def test_the_first_token_waits_half_a_step_and_for_every_chunk_of_its_prompt() -> None:

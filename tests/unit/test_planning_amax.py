@@ -118,6 +118,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     again = load(tmp_path / "new" / "tables.npz")
     assert (again.values == table.values).all()
     assert (again.about, again.policy, again.slots, again.first) == (table.about, "activated", 6, 3)
+    assert (again.experts, again.top_k) == (16, table.top_k)
     (tmp_path / "text").write_text("no table")
     with pytest.raises(ConfigError, match=r"--tables: .*text: not a table of a_max"):
         load(tmp_path / "text")

@@ -1,6 +1,7 @@
 """The search: it finds what trying everything finds, says what binds, and knows when a monolith is better."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,6 +187,21 @@ def test_experts_that_do_not_fit_are_refused_with_what_fits() -> None:
 def test_tables_of_another_setting_are_refused() -> None:
     tables = setting(device="h200").tables
     with pytest.raises(ConfigError, match="--tables: they are of 48 slots, here instances have 27"):
+        assemble(load_hardware(), deepseek(), Names("h100", "h100"), None, tables=tables)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"experts": 64}, "of another model, with 6 of 64 experts for each row: here it is 6 of 160"),
+        ({"top_k": 8}, "of another model, with 8 of 160 experts for each row: here it is 6 of 160"),
+        ({"layers": (0, 1)}, "of another model: layer 0 of this one has no experts"),
+        ({"policy": "tokens"}, "replicas are chosen by tokens there, here by activated"),
+    ],
+)
+def test_tables_of_another_model_or_placement_are_refused(change: dict[str, Any], problem: str) -> None:
+    tables = replace(setting().tables, **change)
+    with pytest.raises(ConfigError, match=f"--tables: .*{problem}"):
         assemble(load_hardware(), deepseek(), Names("h100", "h100"), None, tables=tables)
 
 
