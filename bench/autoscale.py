@@ -6,7 +6,7 @@ Instances keep the times of a made-up profile (PACE) around the embedded model's
 instances matters on two cores: nothing here is this machine's speed. Meshes of up to 2A3E are profiled first, as
 `moemesh profile` does it, unless a profile is given. Then requests come evenly at a rate for which 1A1E is the plan, at
 twice that rate, and at the first one again, while the scheduler sizes the pools with its default windows and cool-down.
-Every output is compared with what the unloaded mesh has said. Time per token is a request's mean, after its first token.
+Every output is compared with the unloaded mesh's. Time per token is a request's mean, after its first token.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from shared.cli.profiling import Shape, measure, with_a_max
 from shared.membership import Members
 from shared.messages import Kind, State
 from shared.models.source import open_source
+from shared.planning.amax import monte_carlo
 from shared.planning.deciding import HEADROOM
 from shared.planning.fit import fit
 from shared.planning.fitted_file import save_fitted
 from shared.planning.here import choose
-from shared.planning.amax import monte_carlo
 from shared.planning.setting import Demand, Slo
 from shared.planning.sizes import sizes_of
 
@@ -166,7 +166,8 @@ def judged(
     failed = [a.problem for a in asked if a.problem]
     changed = sum(not a.problem and a.stream.tokens != expected[a.kind] for a in asked)
     spans = {
-        "before": (0.0, doubled), "doubled": (doubled, grown), "scaled out": (grown, halved), "scaled in": (back, np.inf)
+        "before": (0.0, doubled), "doubled": (doubled, grown),
+        "scaled out": (grown, halved), "scaled in": (back, np.inf),
     }  # fmt: skip
     times = {name: p99([a for a in asked if start <= a.at < end]) for name, (start, end) in spans.items()}
     changes = [

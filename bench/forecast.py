@@ -2,11 +2,11 @@
 
     python bench/forecast.py --arrivals CSV [--arrivals CSV] [--window 10] --json
 
-Every method foresees the rate of each window from those before it. What it says is raised by a margin, the least (in mean
-rates) with which at most MOST_UNDER of all requests come beyond what was foreseen; its cost is what was foreseen beyond
-what came, as a share of all requests. `share` is what comes beyond the forecast without a margin. Besides the traces
-there are four simulated days in windows of 15 minutes, for what is seasonal. Exponential smoothing is statsmodels'
-(`pip install statsmodels`), fitted anew for each window; it is left out where that is not installed.
+Every method foresees the rate of each window from those before it. What it says is raised by a margin, the least (in
+mean rates) with which at most MOST_UNDER of all requests come beyond what was foreseen; its cost is what was foreseen
+beyond what came, as a share of all requests. `share` is what comes beyond the forecast without a margin. Besides the
+traces there are four simulated days in windows of 15 minutes, for what is seasonal. Exponential smoothing is
+statsmodels' (`pip install statsmodels`), fitted anew for each window; it is left out where that is not installed.
 """
 
 import argparse
@@ -125,7 +125,9 @@ def main() -> None:
         show(name, result[name])
         library = [found["cost"] for method, found in result[name].items() if method.startswith(LIBRARY)]
         if library:
-            bars.append(Bar(f"{name}: cost, ours / the library's best", result[name][ours]["cost"] / min(library), 1, True))
+            bars.append(
+                Bar(f"{name}: cost, ours / the library's best", result[name][ours]["cost"] / min(library), 1, True)
+            )
     report("forecast", result, bars)
 
 

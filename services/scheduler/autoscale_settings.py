@@ -29,7 +29,7 @@ class Profile:
 
 
 def autoscaling_by(config: SchedulerConfig) -> tuple[Rules, Profile] | None:
-    """What autoscaling goes by; None: it is off. Raises ConfigError, and ModelError for a model that cannot be opened."""
+    """What autoscaling goes by; None: it is off. Raises ConfigError, and ModelError for an unusable model."""
     if config.autoscale == "off":
         return None
     check_autoscaling(config)

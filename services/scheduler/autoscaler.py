@@ -13,8 +13,6 @@ from typing import Any
 
 from services.scheduler.autoscale_settings import Profile
 from services.scheduler.autoscaling import (
-    A,
-    E,
     Look,
     Need,
     Rules,

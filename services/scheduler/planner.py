@@ -1,4 +1,4 @@
-"""What is known of this mesh's speed, as the autoscaler asks for it: a profile, and tables of a_max made from it. Pure."""
+"""This mesh's speed, as the autoscaler asks for it: a profile, and tables of a_max that are made from it. Pure."""
 
 import numpy as np
 

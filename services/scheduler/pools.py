@@ -115,8 +115,8 @@ def unfinished(wishes: Mapping[Pool, Wish], members: Sequence[Member], now: floa
     for pool, wish in wishes.items():
         states = [m.heartbeat.state for m in members if m.heartbeat.kind is pool.kind]
         if states != [State.READY] * wish.count and now - wish.time < LONGEST_S:
-            leaving = states.count(State.DRAINING)
-            return f"{pool}: {states.count(State.READY)} of {wish.count} are ready" + f", {leaving} drain" * bool(leaving)
+            leaving = f", {states.count(State.DRAINING)} drain" if State.DRAINING in states else ""
+            return f"{pool}: {states.count(State.READY)} of {wish.count} are ready{leaving}"
     return ""
 
 

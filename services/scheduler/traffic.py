@@ -140,11 +140,21 @@ class Traffic:
         """The last so many seconds, or what is known of them."""
         span = min(seconds, self.known_s(now))
         reports = [message for at, message in self._reports if now - at < span]
-        open_now = sum(g.open for g in self._gateways.values() if now - g.at < SILENT_S)
-        names = ("arrived", "prompt_tokens", "output_tokens", "ended", "ended_tokens")
-        sums = [sum(getattr(report, name) for report in reports) for name in names]
-        inter, first = Times.of([r.inter for r in reports]), Times.of([r.first for r in reports])
-        return Observed(span, *sums, open_now, inter, first)
+
+        def total(name: str) -> int:
+            return sum(getattr(report, name) for report in reports)
+
+        return Observed(
+            seconds=span,
+            arrived=total("arrived"),
+            prompt_tokens=total("prompt_tokens"),
+            output_tokens=total("output_tokens"),
+            ended=total("ended"),
+            ended_tokens=total("ended_tokens"),
+            open=sum(g.open for g in self._gateways.values() if now - g.at < SILENT_S),
+            inter=Times.of([report.inter for report in reports]),
+            first=Times.of([report.first for report in reports]),
+        )
 
     def rates(self, window_s: float, count: int, now: float) -> Floats:
         """Requests per second in each of the last ``count`` windows, oldest first; fewer while fewer are known."""

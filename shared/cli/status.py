@@ -162,7 +162,8 @@ def autoscaling(facts: dict[str, Any] | None) -> Iterator[str]:
     """What the autoscaler sees, expects and does, line by line."""
     if facts:
         speed = f"{facts['tpot_s'] * 1e3:.1f} ms per token" if facts["tpot_s"] else "no tokens"
-        yield f"autoscaling {facts['mode']}: {facts['rate']:.3g} requests/s, {facts['open']} open, {speed}: {facts['doing']}"
+        asked = f"{facts['rate']:.3g} requests/s, {facts['open']} open, {speed}"
+        yield f"autoscaling {facts['mode']}: {asked}: {facts['doing']}"
         sizes = ", ".join(f"{count} {pool}" for pool, count in facts["sizes"].items())
         if sizes:
             yield f"right would be {sizes}: {facts['why']}"

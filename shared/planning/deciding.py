@@ -1,4 +1,4 @@
-"""What whoever decides from window to window does first: foresee a rate, and plan for as much as can be served. Pure."""
+"""What is decided first, from window to window: which rate to expect, and for how much of it there is a plan. Pure."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.planning.deciding import LEAST_RATE, Unservable
 from shared.planning.assemble import assemble
+from shared.planning.deciding import LEAST_RATE, Unservable
 from shared.planning.hardware import Hardware
 from shared.planning.rivals import TIERS, Systems, systems_of
 from shared.planning.routing import synthetic

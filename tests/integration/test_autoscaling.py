@@ -1,4 +1,4 @@
-"""A paced mesh that is sized by demand: instances come with the load and go with it, and nobody notices by the answers."""
+"""A paced mesh that is sized by demand: instances come and go with the load, and nobody can tell by the answers."""
 
 import json
 import threading
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest

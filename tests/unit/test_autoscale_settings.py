@@ -21,8 +21,8 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def config(profile: str, **settings: object) -> SchedulerConfig:
-    return SchedulerConfig(**{"autoscale": "on", "actuator": "local", "profile": profile, "slo_tpot_ms": 50.0, **settings})  # pyright: ignore[reportArgumentType]
+def config(file: str, **settings: object) -> SchedulerConfig:
+    return SchedulerConfig(**{"autoscale": "on", "actuator": "local", "profile": file, "slo_tpot_ms": 50.0, **settings})  # pyright: ignore[reportArgumentType]
 
 
 def test_bounds_default_to_what_the_profile_has_measured(profile: str) -> None:
@@ -49,7 +49,10 @@ def test_off_asks_for_nothing() -> None:
         ({"autoscale_min_attention": 0}, "--autoscale-min-attention: 0 is below 1"),
         ({"autoscale_min_experts": -1}, "--autoscale-min-experts"),
         ({"autoscale_max_experts": 4}, "--autoscale-max-experts: 4 instances, but .* 3 at most"),
-        ({"autoscale_min_experts": 3, "autoscale_max_experts": 2}, "--autoscale-min-experts: 3 .* more than the most, 2"),
+        (
+            {"autoscale_min_experts": 3, "autoscale_max_experts": 2},
+            "--autoscale-min-experts: 3 .* more than the most, 2",
+        ),
         ({"autoscale_window_s": 1.0}, "--autoscale-window-s"),
         ({"autoscale_cooldown_s": -1.0}, "--autoscale-cooldown-s"),
         ({"autoscale_idle_s": -1.0}, "--autoscale-idle-s"),
@@ -67,7 +70,7 @@ def test_without_an_actuator_it_may_observe(profile: str) -> None:
 def test_a_profile_of_another_model_or_without_its_trace_is_refused(tmp_path: Path) -> None:
     other, alone = tmp_path / "other.json", tmp_path / "alone.json"
     write_profile(other, fitted(), "0" * 64)
-    with pytest.raises(ConfigError, match="--profile: .*fitted to demo, another model"):
+    with pytest.raises(ConfigError, match=r"--profile: .*fitted to demo, another model"):
         autoscaling_by(config(str(other)))
     write_profile(alone, fitted(), open_source("").digest)
     alone.with_suffix(".trace").unlink()

@@ -33,9 +33,7 @@ def look(traffic: Traffic, rate: float, sizes: Sizes = ONE, now: float = 30.0, s
 
 
 def test_more_requests_need_more_instances() -> None:
-    few, many = (
-        needed(look(steady_traffic(rate, 10, 0.06), rate), rules(), planner(), 1.0).sizes for rate in (1, 3)
-    )
+    few, many = (needed(look(steady_traffic(rate, 10, 0.06), rate), rules(), planner(), 1.0).sizes for rate in (1, 3))
     assert sum(many.values()) > sum(few.values())
     assert few == {A: 1, E: 1}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from services.gateway.metrics import GatewayMetrics, Timing
 from services.gateway.choices import Piece
+from services.gateway.metrics import GatewayMetrics, Timing
 from services.gateway.requests import Job
 from services.gateway.tally import Tally
 from services.scheduler.traffic import SILENT_S, Traffic
