@@ -1,4 +1,4 @@
-"""What instances tell the scheduler of loads: what is activated and foreseen, layer by layer; and what gateways serve."""
+"""What instances tell the scheduler of loads: what is activated and foreseen, by layer; and what gateways serve."""
 
 from typing import Annotated
 
