@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Bar, report
+from common import report
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +34,6 @@ MOST_UNDER = 0.02
 FIRST = 8
 """Windows that are known before anything is foreseen."""
 DAYS, DAY_WINDOW_S = 4, 900.0
-LIBRARY = "smoothing"
 
 
 def line(rates: Floats) -> float:
@@ -54,8 +53,9 @@ def smoothing(trend: bool, season: int = 0) -> Method:
         how |= {"seasonal": "add", "seasonal_periods": season} if season else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fits that did not converge: they count as they are
-            fitted = ExponentialSmoothing(rates, initialization_method="estimated", **how).fit()
-        return max(0.0, float(np.nan_to_num(fitted.forecast(1)[0])))
+            model = ExponentialSmoothing(rates, initialization_method="estimated", **how)
+            told = float(model.fit().forecast(1)[0])
+        return max(0.0, float(np.nan_to_num(told)))
 
     return next_rate
 
@@ -63,12 +63,14 @@ def smoothing(trend: bool, season: int = 0) -> Method:
 def methods(season: int) -> dict[str, Method]:
     """All that are compared. ``season``: windows of a day, 0 where the series is shorter than two."""
     found: dict[str, Method] = {"last": lambda rates: float(rates[-1]), "line": line}
+    for w, q in ((3, 1.0), (6, 0.9), (6, 1.0)):
+        found[f"line or quantile {q:g} of {w}"] = lambda r, w=w, q=q: max(line(r), moving_quantile(r, w, q))
     for windows in (3, 6, 12):
         for quantile in (0.8, 0.9, 1.0):
             found[f"quantile {quantile:g} of {windows}"] = lambda r, w=windows, q=quantile: moving_quantile(r, w, q)
     if importlib.util.find_spec("statsmodels"):
-        found |= {f"{LIBRARY}": smoothing(False), f"{LIBRARY}, trend": smoothing(True)}
-        found |= {f"{LIBRARY}, season": smoothing(False, season)} if season else {}
+        found |= {"smoothing": smoothing(False), "smoothing, trend": smoothing(True)}
+        found |= {"smoothing, season": smoothing(False, season)} if season else {}
     return found
 
 
@@ -118,17 +120,13 @@ def main() -> None:
     p.add_argument("--window", type=float, default=10.0, help="seconds of a window of the traces")
     p.add_argument("--json", action="store_true", help="accepted for symmetry: the last line is always JSON")
     args = p.parse_args()
-    ours, result, bars = f"quantile {QUANTILE:g} of {WINDOWS}", {}, []
+    result = {}
     for name, (rates, season) in series(args).items():
         came = rates[FIRST:]
         result[name] = {method: judged(foreseen(how, rates), came) for method, how in methods(season).items()}
         show(name, result[name])
-        library = [found["cost"] for method, found in result[name].items() if method.startswith(LIBRARY)]
-        if library:
-            bars.append(
-                Bar(f"{name}: cost, ours / the library's best", result[name][ours]["cost"] / min(library), 1, True)
-            )
-    report("forecast", result, bars)
+    ours = f"quantile {QUANTILE:g} of {WINDOWS}"
+    report("forecast", {"ours": ours, **result})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ LEAST_RATE = 1e-3
 """Requests per second."""
 LESS = 0.9
 """Where a rate cannot be served within the limits, so much of it is tried next."""
-WINDOWS, QUANTILE, HEADROOM = 6, 1.0, 1.1
-"""Of ``moving_quantile``: what has done best on the traces (bench/forecast.py)."""
+WINDOWS, QUANTILE, HEADROOM = 3, 1.0, 1.1
+"""Of ``moving_quantile``, and what a rate is raised by: a jump is answered at once (bench/forecast.py has others)."""
 
 
 class Unservable(MoemeshError):
