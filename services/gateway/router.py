@@ -16,7 +16,7 @@ from services.gateway.routing import context_length, experts_are_seen_to, not_re
 from shared.bus import Bus
 from shared.errors import BusUnavailable, Refused
 from shared.membership import Member, Members
-from shared.messages import Kind, Subjects
+from shared.messages import Subjects
 from shared.request_messages import Decision, Resend, TokenDelta, Tokens
 
 SILENCE_S = 1.0
