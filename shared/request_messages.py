@@ -53,6 +53,8 @@ class Submit(Message):
     """int32 little-endian: tokens already delivered, when a request is resumed on another instance."""
     part: Count = 0
     parts: Annotated[int, Field(ge=1)] = 1
+    may_wait: bool = False
+    """Take it even while there are no experts: somebody sees to their pool."""
     trace: dict[str, str] = Field(default_factory=dict)
     """W3C trace context headers."""
 

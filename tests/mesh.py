@@ -14,11 +14,15 @@ from typing import Any, TypeVar
 
 import httpx
 
+from shared.bus import Bus
 from shared.cli.mesh import LocalMesh, MeshOptions
 from shared.cli.status import look
+from shared.messages import Subjects
+from shared.placement_watch import read_record
 
 T = TypeVar("T")
 START_LIMIT_S = 240.0
+PLACED_LIMIT_S = 60.0
 
 
 @dataclass
@@ -81,6 +85,20 @@ class SpreadMesh(LocalMesh):
         return super()._environ(name) | node
 
 
+async def until_all_have_homes(mesh: LocalMesh) -> None:
+    """A mesh is ready with the first expert instance; tests that speak of several mean all that they asked for."""
+    bus = await Bus.connect(mesh.nats_url, "test")
+    try:
+        store = await bus.store(Subjects(mesh.options.mesh).bucket)
+        while mesh.options.experts:
+            record, _ = await read_record(store)
+            if record and record.committed and len(record.committed.instances) == mesh.options.experts:
+                return
+            await asyncio.sleep(0.02)
+    finally:
+        await bus.close()
+
+
 @contextmanager
 def running_mesh(nodes: Mapping[str, str] | None = None, **options: Any) -> Iterator[RunningMesh]:
     """Start a mesh on free ports and stop it at the end; a failed start raises with the child's last lines."""
@@ -93,6 +111,7 @@ def running_mesh(nodes: Mapping[str, str] | None = None, **options: Any) -> Iter
     running = RunningMesh(mesh, loop, log)
     try:
         running.call(mesh.__aenter__())
+        running.call(until_all_have_homes(mesh), PLACED_LIMIT_S)
         yield running
     finally:
         running.call(mesh.stop())

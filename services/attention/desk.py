@@ -35,7 +35,7 @@ class Desk:
         with self._lock:
             if request.request_id in self._known:
                 return ACCEPTED, False
-            refused = self._closed(stats, now) or refusal(request, self._limits)
+            refused = self._closed(stats, now, request.may_wait) or refusal(request, self._limits)
             if refused is None:
                 self._known.add(request.request_id)
                 self.on_the_way += 1
@@ -52,11 +52,11 @@ class Desk:
         with self._lock:
             self._known.difference_update(request_ids)
 
-    def _closed(self, stats: EngineStats, now: float) -> Decision | None:
-        """Why nobody at all is let in right now."""
+    def _closed(self, stats: EngineStats, now: float, may_wait: bool) -> Decision | None:
+        """Why nobody, or nobody who may not wait for experts, is let in right now."""
         if self.draining:
             return Decision(ok=False, code="draining", message="this instance is stopping")
-        if stats.without_experts(now):
+        if stats.without_experts(now) and not may_wait:
             return Decision(ok=False, code="no_experts", message="some experts have no live home")
         waiting = stats.waiting + self.on_the_way
         if waiting >= self._limits.max_waiting:

@@ -157,8 +157,11 @@ class OpenRequest:
         self._changed.clear()
         return True
 
-    def submits(self, gateway: str, deadline_s: float) -> list[Submit]:
-        """The messages that hand this request, with all it has so far, to an instance."""
+    def submits(self, gateway: str, deadline_s: float, may_wait: bool) -> list[Submit]:
+        """The messages that hand this request, with all it has so far, to an instance.
+
+        ``may_wait``: for experts, if there are none.
+        """
         prompt = self.job.prompt
         edges = [*range(0, len(prompt), PART_TOKENS), len(prompt)]
         parts = [_packed(prompt[a:b]) for a, b in pairwise(edges)]
@@ -173,6 +176,7 @@ class OpenRequest:
                 output=output if i == len(parts) - 1 else b"",
                 part=i,
                 parts=len(parts),
+                may_wait=may_wait,
                 trace=self.job.trace,
             )
             for i, data in enumerate(parts)

@@ -12,11 +12,11 @@ from collections.abc import AsyncGenerator
 from services.gateway.acks import Acks
 from services.gateway.errors import Unavailable
 from services.gateway.requests import Job, OpenRequest, Update
-from services.gateway.routing import context_length, ranked, usable, why_not
+from services.gateway.routing import context_length, experts_are_seen_to, not_ready, ranked
 from shared.bus import Bus
 from shared.errors import BusUnavailable, Refused
 from shared.membership import Member, Members
-from shared.messages import Kind, Subjects
+from shared.messages import Subjects
 from shared.request_messages import Decision, Resend, TokenDelta, Tokens
 
 SILENCE_S = 1.0
@@ -75,15 +75,11 @@ class Router:
         """Why no request can be served now, for a person; None when one can."""
         if not self._bus.connected:
             return "NATS is away"
-        attention = [m for m in self._members.all() if m.heartbeat.kind is Kind.ATTENTION]
-        if usable(attention, self._digest):
-            return None
-        reasons = [reason for m in attention if (reason := why_not(m, self._digest))]
-        return "; ".join(reasons) or "no attention instance is in the mesh"
+        return not_ready(self._members.all(), self._digest)
 
     def context_length(self) -> int | None:
         """Longest prompt + output, in tokens; None while no instance is usable."""
-        return context_length(self._members.ready(Kind.ATTENTION), self._digest)
+        return context_length(self._members.all(), self._digest)
 
     def counts(self) -> tuple[int, int]:
         """(choices that an instance has, choices that none has)."""
@@ -152,7 +148,8 @@ class Router:
         self._placed[request.id] = request  # tokens may come before the decision
         left = max(deadline - asyncio.get_running_loop().time(), 0.001)
         subject = self._subjects.attention(member.id, "submit")
-        for message in request.submits(self._id, left):
+        may_wait = experts_are_seen_to(self._members.all())
+        for message in request.submits(self._id, left, may_wait):
             decision = await self._bus.request(subject, message, Decision, min(SUBMIT_TIMEOUT_S, left))
             if not decision.ok:
                 raise Refused(decision.code or "internal", decision.message)
@@ -211,7 +208,7 @@ class Router:
         for request in self._placed.values():
             if request.target:
                 load[request.target] += request.outstanding
-        return ranked(self._members.ready(Kind.ATTENTION), self._digest, load)
+        return ranked(self._members.all(), self._digest, load)
 
     # ---- what comes in ------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ async def test_a_prompt_longer_than_a_bus_message_arrives_whole(
     prompt = [i * 7919 % 50 for i in range(200_000)]
     request = OpenRequest(Job(0, prompt, SamplingParams(max_tokens=1)))
     request.assign("a", 1)
-    messages = request.submits("g", 60.0)
+    messages = request.submits("g", 60.0, may_wait=False)
     assert sum(len(message.encode()) for message in messages) > MAX_MESSAGE_BYTES
     taken: list[Submit] = []
 

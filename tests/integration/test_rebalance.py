@@ -2,9 +2,7 @@
 
 import io
 import json
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ from rich.console import Console
 
 from shared.bus import Bus
 from shared.changes import PlacementRecord, Rebalance
-from shared.cli.client import stream_completion
 from shared.cli.rebalance import NotRebalanced, ask, read_homes
 from shared.cli.status import describe, look
 from shared.errors import ConfigError
@@ -21,6 +18,7 @@ from shared.load_messages import Activated
 from shared.messages import Subjects
 from shared.placement_watch import read_record
 from tests.mesh import RunningMesh, running_mesh
+from tests.traffic import traffic
 
 MESH = "rebalance"
 LAYERS, EXPERTS, SLOTS = 6, 32, 18
@@ -54,21 +52,6 @@ def record(mesh: RunningMesh) -> PlacementRecord:
     return found
 
 
-def streams(mesh: RunningMesh, count: int) -> list[Future[str]]:
-    """``count`` completions that have begun to stream."""
-    pool, begun = ThreadPoolExecutor(count), threading.Semaphore(0)
-
-    def joined() -> str:
-        pieces = stream_completion(mesh.url, dict(BODY))
-        first = next(pieces)
-        begun.release()
-        return first + "".join(pieces)
-
-    running = [pool.submit(joined) for _ in range(count)]
-    assert all(begun.acquire(timeout=60) for _ in running)
-    return running
-
-
 def halves(first: tuple[int, ...], second: tuple[int, ...], layers: range) -> Rebalance:
     return Rebalance(given={layer: {"experts-0": first, "experts-1": second} for layer in layers})
 
@@ -76,12 +59,14 @@ def halves(first: tuple[int, ...], second: tuple[int, ...], layers: range) -> Re
 def test_homes_that_are_given_change_places_under_streams_without_a_failure_or_another_byte(mesh: RunningMesh) -> None:
     expected = mesh.complete(**BODY)["choices"][0]["text"]
     before = record(mesh)
-    running = streams(mesh, 4)
-    shown = rebalance(mesh, halves(LOW, HIGH, range(LAYERS)))
-    assert "is in use" in shown
-    assert not any(stream.done() for stream in running), "the change came while they ran"
-    rebalance(mesh, halves(HIGH, LOW, range(2)))
-    assert {stream.result(120) for stream in running} == {expected}
+    with traffic(mesh.url, BODY, 4) as streams:
+        streams.until_more(streams.begun)
+        shown = rebalance(mesh, halves(LOW, HIGH, range(LAYERS)))
+        assert "is in use" in shown
+        streams.until_more(streams.begun)
+        rebalance(mesh, halves(HIGH, LOW, range(2)))
+        streams.until_more(streams.finished)
+        assert streams.end() == {expected}
     after = record(mesh)
     assert after.committed is not None
     assert before.committed is not None

@@ -1,11 +1,8 @@
 """Scaling pools by hand while the mesh serves: nothing fails, no byte changes, and what cannot be done is said."""
 
 import io
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from shared.bus import Bus
-from shared.cli.client import stream_completion
 from shared.cli.scale import NotScaled, ask, until_reached
 from shared.cli.status import describe, look
 from shared.config import MeshConfig
@@ -27,6 +23,7 @@ from tests.integration.instances import expert
 from tests.integration.test_scheduler_placement import scheduler
 from tests.integration.waiting import until
 from tests.mesh import RunningMesh, running_mesh
+from tests.traffic import traffic
 
 LIMIT_S = 120.0
 BODY = {"prompt": "In the beginning God created", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
@@ -63,64 +60,24 @@ def seen(mesh: RunningMesh) -> dict[str, Any]:
     return describe(*mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh)))
 
 
-class Traffic:
-    """Streams that follow each other on a few connections."""
-
-    def __init__(self, url: str, pool: ThreadPoolExecutor, count: int) -> None:
-        self.finished = threading.Semaphore(0)
-        self._url, self._over = url, threading.Event()
-        self._running: list[Future[set[str]]] = [pool.submit(self._keep_asking) for _ in range(count)]
-
-    def _keep_asking(self) -> set[str]:
-        texts = set()
-        while not self._over.is_set():
-            texts.add("".join(stream_completion(self._url, dict(BODY))))
-            self.finished.release()
-        return texts
-
-    def until_more_end(self, count: int = 4) -> None:
-        """Whatever happens: requests go on to end."""
-        while self.finished.acquire(blocking=False):
-            pass
-        for _ in range(count):
-            while not self.finished.acquire(timeout=1):
-                for running in self._running:
-                    assert not running.done(), running.result()
-
-    def end(self) -> set[str]:
-        """Every text that came. Raises what a stream has raised."""
-        self._over.set()
-        return set().union(*(running.result(LIMIT_S) for running in self._running))
-
-
-@contextmanager
-def traffic(mesh: RunningMesh) -> Iterator[Traffic]:
-    with ThreadPoolExecutor(3) as pool:
-        streams = Traffic(mesh.url, pool, 3)
-        try:
-            yield streams
-        finally:
-            streams._over.set()
-
-
 def test_both_pools_grow_shrink_and_go_to_none_under_streams_without_a_failure_or_another_byte(mesh: RunningMesh):
     expected = mesh.complete(**BODY)["choices"][0]["text"]
     assert "local starts 1" in scale(mesh, Pool.EXPERTS, 2, dry_run=True)
     assert has_processes(mesh, "attention-0", "experts-0")
-    with traffic(mesh) as streams:
+    with traffic(mesh.url, BODY, 3) as streams:
         assert "experts: 2 ready" in scale(mesh, Pool.EXPERTS, 2)
-        streams.until_more_end()
+        streams.until_more(streams.finished)
         shown = scale(mesh, Pool.EXPERTS, 0)
         assert "local drains 2" in shown
         assert "requests wait" in shown
         assert has_processes(mesh, "attention-0")
         scale(mesh, Pool.EXPERTS, 1)
-        streams.until_more_end()
+        streams.until_more(streams.finished)
         scale(mesh, Pool.ATTENTION, 2)
-        streams.until_more_end()
+        streams.until_more(streams.finished)
         assert has_processes(mesh, "attention-0", "attention-1", "experts-0")
         scale(mesh, Pool.ATTENTION, 1)
-        streams.until_more_end()
+        streams.until_more(streams.finished)
         assert streams.end() == {expected}
     assert has_processes(mesh, "attention-0", "experts-0")
     assert "nothing to do" in scale(mesh, Pool.ATTENTION, 1)

@@ -104,7 +104,7 @@ def test_long_prompts_travel_in_parts_and_output_in_the_last():
     request = OpenRequest(Job(0, prompt, SAMPLING))
     request.assign("attention-1", 1)
     request.log.apply(TokenDelta(request_id=request.id, position=0, tokens=(7, 8)))
-    parts = request.submits("gateway-1", 5.0)
+    parts = request.submits("gateway-1", 5.0, may_wait=True)
     assert [(p.part, p.parts) for p in parts] == [(0, 3), (1, 3), (2, 3)]
     assert b"".join(p.prompt for p in parts) == b"".join(t.to_bytes(4, "little") for t in prompt)
     assert [len(p.output) for p in parts] == [0, 0, 8]

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from services.gateway.routing import context_length, ranked, why_not
+from services.gateway.routing import context_length, not_ready, ranked, why_not
 from shared.membership import Member
-from shared.messages import AttentionFacts, Heartbeat, Kind, ModelFacts, State
+from shared.messages import AttentionFacts, Heartbeat, Kind, ModelFacts, Pool, PoolFacts, State
 
 FACTS: dict[str, Any] = {"max_model_len": 100, "kv_blocks": 1, "block_size": 16, "max_num_seqs": 4, "placement": 1}
 
@@ -36,8 +36,23 @@ def test_unusable_instances_are_left_out():
     assert order(*unusable, member("ok")) == ["ok"]
     assert order(member("monolith", placement=0, monolith=True)) == ["monolith"]
     for one in unusable:
-        reason = why_not(one, "d")
+        reason = why_not(one, "d", may_wait=False)
         assert reason and one.id in reason
+
+
+def scheduler(*pools: PoolFacts) -> Member:
+    return Member(Heartbeat(kind=Kind.SCHEDULER, id="s", incarnation=1, state=State.READY, node="n", pools=pools), 0.0)
+
+
+def test_requests_wait_for_experts_only_while_somebody_sees_to_their_pool():
+    waits = [member("unplaced", placement=0), member("stalled", stalled=True)]
+    experts = PoolFacts(pool=Pool.EXPERTS, desired=0)
+    assert order(scheduler(experts), *waits, member("other", digest="x")) == ["stalled", "unplaced"]
+    for nobody in (PoolFacts(pool=Pool.ATTENTION, desired=1), experts.model_copy(update={"problem": "no permission"})):
+        assert order(scheduler(nobody), *waits) == []
+        reason = not_ready([scheduler(nobody), *waits], "d")
+        assert reason == "unplaced has no placement of experts yet; stalled waits for an expert home"
+    assert not_ready([scheduler()], "d") == "no attention instance is in the mesh"
 
 
 def test_silent_instances_come_last():
