@@ -9,6 +9,9 @@ from shared.messages import U64, Count, Message
 WAIT_EDGES = tuple(1e-4 * 1.25**step for step in range(64))
 """Seconds: from 0.1 ms to two minutes, each a quarter more than the one before."""
 
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Waited = Annotated[int, Field(ge=0, lt=1 << 32)]
+
 
 class Activated(Message):
     """Attention -> scheduler, published: which experts the latest exchanges of one layer have activated.
@@ -21,7 +24,7 @@ class Activated(Message):
     layer: Count
     """Checkpoint index."""
     experts: Count
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: Seconds
     """How long ago the first of them was."""
     rows: Count
     """Tokens in all of them."""
@@ -46,9 +49,9 @@ class Foreseen(Message):
 class Waits(Message):
     """Times as a histogram with the edges WAIT_EDGES, and their sum."""
 
-    counts: Annotated[tuple[Count, ...], Field(min_length=len(WAIT_EDGES) + 1, max_length=len(WAIT_EDGES) + 1)]
+    counts: Annotated[tuple[Waited, ...], Field(min_length=len(WAIT_EDGES) + 1, max_length=len(WAIT_EDGES) + 1)]
     """At or below each edge and above the one before; the last: above all of them."""
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: Seconds
 
 
 class Served(Message):
@@ -59,19 +62,19 @@ class Served(Message):
 
     gateway: str
     incarnation: U64
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: Seconds
     """That this covers."""
-    arrived: Count
+    arrived: U64
     """Requests,"""
-    prompt_tokens: Count
+    prompt_tokens: U64
     """and tokens of their prompts."""
-    output_tokens: Count
+    output_tokens: U64
     """Sent."""
-    ended: Count
+    ended: U64
     """Requests, for whatever reason,"""
-    ended_tokens: Count
+    ended_tokens: U64
     """and all tokens of their outputs."""
-    open: Count
+    open: U64
     """Requests at this moment."""
     inter: Waits
     """Between two tokens of a request."""

@@ -195,8 +195,8 @@ class AutoscaleFacts(Message):
     ttft_s: Amount = 0.0
     """and to the first token, mean."""
     planned_tpot_s: Amount = 0.0
-    off: Amount = 1.0
-    """Measured over predicted times."""
+    measured_over_predicted: Amount = 1.0
+    """Times per token, by which plans are corrected."""
     sizes: dict[Pool, Count] = Field(default_factory=dict)
     """That are right now."""
     why: str = ""

@@ -83,7 +83,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "autoscale_expected_rate": ("gauge", "Requests per second that are expected in the next window."),
     "autoscale_tpot_seconds": ("gauge", "Mean time of a token after the first, over a window."),
     "autoscale_planned_tpot_seconds": ("gauge", "The same as it is planned; 0: nothing is planned."),
-    "autoscale_off": ("gauge", "Measured over predicted times, by which plans are corrected."),
+    "autoscale_measured_over_predicted": ("gauge", "Times per token, by which plans are corrected."),
     "autoscale_instances": ("gauge", "Instances that are right for what is expected, by pool and mode."),
     "autoscale_changes": ("counter", "Sizes that autoscaling has asked for, by pool."),
     "bus_messages": ("counter", "Control messages, by fate: published, or what went wrong with them."),

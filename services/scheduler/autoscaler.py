@@ -25,7 +25,7 @@ from services.scheduler.autoscaling import (
     target,
 )
 from services.scheduler.placement import room
-from services.scheduler.planner import Planner
+from services.scheduler.planner import CannotHold, Planner
 from services.scheduler.pool_loop import PoolLoop
 from services.scheduler.pools import by_hand, present, unfinished
 from services.scheduler.reconciler import Reconciler
@@ -95,7 +95,7 @@ class Autoscaler:
         yield sample("autoscale_expected_rate", facts.expected)
         yield sample("autoscale_tpot_seconds", facts.tpot_s)
         yield sample("autoscale_planned_tpot_seconds", facts.planned_tpot_s)
-        yield sample("autoscale_off", facts.off)
+        yield sample("autoscale_measured_over_predicted", facts.measured_over_predicted)
         for pool, count in facts.sizes.items():
             yield sample("autoscale_instances", count, pool=pool.value, mode=facts.mode)
         for pool, count in self._changes.copy().items():
@@ -109,14 +109,16 @@ class Autoscaler:
     async def _run(self) -> None:
         while not self._stopping:
             await asyncio.sleep(LOOK_S)
-            planner = await self._planned_with()
             try:
-                await self._look(planner, time.monotonic())
-            except (Unservable, Refused) as error:
+                await self._look(await self._planned_with(), time.monotonic())
+            except (CannotHold, Unservable, Refused) as error:
                 self._say(doing=str(error))
 
     async def _planned_with(self) -> Planner:
-        """The planner for the slots that expert instances have; tables are made anew in the background."""
+        """The planner for the slots that expert instances have; its tables are made in the background.
+
+        Raises CannotHold.
+        """
         slots = self._slots()
         if self._planner is None or self._planner.slots != slots:
             self._planner = await asyncio.to_thread(Planner, self._profile, slots, self._rules)
@@ -184,7 +186,8 @@ class Autoscaler:
         last = self._traffic.seen(self._rules.window_s, look.now)
         seen = {
             "rate": last.rate, "expected": look.rate, "prompt": look.lately.prompt, "output": look.lately.output,
-            "open": last.open, "tpot_s": last.inter.mean, "ttft_s": last.first.mean, "off": self._off,
+            "open": last.open, "tpot_s": last.inter.mean, "ttft_s": last.first.mean,
+            "measured_over_predicted": self._off,
         }  # fmt: skip
         self._facts = self._facts.model_copy(update=seen)
 

@@ -4,10 +4,15 @@ import numpy as np
 
 from services.scheduler.autoscale_settings import Profile
 from services.scheduler.autoscaling import A, E, Rules, Sizes
+from shared.errors import MoemeshError
 from shared.perf_model import Load
 from shared.planning.amax import monte_carlo
 from shared.planning.here import Choice, choose, setting_here
 from shared.planning.setting import Demand, Mesh, Slo, mesh_step
+
+
+class CannotHold(MoemeshError):
+    """As many expert instances as were profiled have too few slots for the model."""
 
 
 class Planner:
@@ -15,13 +20,19 @@ class Planner:
 
     Args:
         slots: replicas of a layer on an expert instance; to make tables for it takes seconds.
+
+    Raises CannotHold.
     """
 
     def __init__(self, profile: Profile, slots: int, rules: Rules) -> None:
         self.slots = slots
         self._rules = rules
         self._fitted = profile.fitted
-        self._tables = monte_carlo(profile.routing, slots, profile.fitted.most_experts)
+        most, experts = self._fitted.most_experts, self._fitted.sizes.experts
+        if slots * most < experts:
+            held = f"{most} expert instances with {slots} slots per layer cannot hold {experts} experts"
+            raise CannotHold(f"{held}, and more were not profiled: profile more, or give them more slots")
+        self._tables = monte_carlo(profile.routing, slots, most)
         self._setting = setting_here(self._fitted, self._tables)
 
     @property

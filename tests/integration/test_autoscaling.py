@@ -1,5 +1,6 @@
 """A paced mesh that is sized by demand: instances come and go with the load, and nobody can tell by the answers."""
 
+import io
 import json
 import threading
 import time
@@ -10,10 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from shared.cli.client import stream_completion
+from shared.cli.scale import ask
 from shared.cli.status import describe, look
+from shared.messages import Pool
 from shared.models.source import open_source
+from shared.pool_messages import Scale
 from tests.mesh import RunningMesh, running_mesh
 from tests.unit.autoscale_cases import EXPERT_S, ROW_S, fitted, write_profile
 
@@ -72,6 +77,14 @@ def seen(mesh: RunningMesh) -> dict[str, Any]:
     return describe(*mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh)))
 
 
+def by_hand(mesh: RunningMesh, experts: int) -> str:
+    """``moemesh scale experts N``, and what it says."""
+    out = io.StringIO()
+    request = Scale(pool=Pool.EXPERTS, count=experts)
+    mesh.call(ask(mesh.mesh.nats_url, mesh.mesh.options.mesh, request, Console(file=out, width=160), LIMIT_S))
+    return out.getvalue()
+
+
 def ready(report: dict[str, Any], kind: str) -> int:
     return sum(row["kind"] == kind and row["state"] == "ready" for row in report["instances"])
 
@@ -91,11 +104,13 @@ def test_pools_follow_the_load_and_a_hand_and_no_answer_changes(settings: dict[s
             until(mesh, lambda report: report["autoscaling"]["rate"] > 0)
             load.rate = HIGH
             grown = until(mesh, lambda report: ready(report, "experts") >= 2)
-            assert "autoscaling" in grown["pools"]["experts"] or grown["pools"]["experts"]["desired"] >= 2
+            assert grown["pools"]["experts"]["desired"] >= 2
             assert grown["autoscaling"]["mode"] == "on"
             assert "requests/s" in grown["autoscaling"]["why"]
             load.rate = LOW
             until(mesh, lambda report: ready(report, "experts") == 1 and ready(report, "attention") == 1)
+            assert "autoscaling goes on after 8 s" in by_hand(mesh, 2)
+            until(mesh, lambda report: ready(report, "experts") == 1)
         assert load.texts() == {expected}
         metrics = mesh.metrics_of("scheduler-0")
         assert metrics('moemesh_autoscale_changes_total{pool="experts"}') >= 2
