@@ -3,9 +3,9 @@
     python bench/predicted.py --model DIR [--only paced] --json
 
 Two sets, each with a fit of its own, as `moemesh profile` makes it: meshes of a checkpoint at this machine's own speed
-(1A1E and 1A2E), and paced meshes of up to 4A8E, which keep the times of a synthetic profile (docs/operations.md) around the
-embedded model's computation. Other batches and contexts are measured in the same meshes, in mixed order, and compared
-with what the model says of them. a_max comes from routing that the first mesh of each set recorded meanwhile.
+(1A1E and 1A2E), and paced meshes of up to 4A8E, in which the embedded model keeps the times of a synthetic profile
+(docs/operations.md). Other batches and contexts are measured in the same meshes, in mixed order, and compared with what
+the model says of them. a_max comes from routing that the first mesh of each set recorded meanwhile.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from common import Bar, median, report
 
 from shared.cli.owned import owned_directory
 from shared.cli.profile import show, tables_of
-from shared.cli.profiling import REPEATS, Shape, measure, with_a_max
+from shared.cli.profiling import Shape, measure, with_a_max
 from shared.models.source import open_source
 from shared.planning.fit import fit
 from shared.planning.here import predicted
@@ -38,7 +38,6 @@ class Set:
     fitted: tuple[Work, ...]
     held_out: tuple[Work, ...]
     pace: str = ""
-    repeats: int = REPEATS
 
     def shapes(self) -> list[Shape]:
         """In mixed order."""
@@ -49,7 +48,7 @@ class Set:
 SETS = {
     "unpaced": Set(
         ((1, 1), (1, 2)),
-        tuple((batch, 64) for batch in (1, 2, 4, 8, 16, 32)) + ((1, 384), (4, 384), (16, 384)),
+        ((1, 64), (2, 64), (4, 64), (8, 64), (16, 64), (32, 64), (1, 384), (4, 384), (16, 384)),
         ((1, 250), (3, 100), (6, 300), (12, 64), (12, 200), (24, 150)),
     ),
     "paced": Set(
@@ -57,7 +56,6 @@ SETS = {
         ((4, 64), (16, 64), (48, 64), (8, 192), (32, 192)),
         ((6, 100), (12, 150), (24, 64), (40, 128)),
         pace="synthetic-10ms",
-        repeats=1,
     ),
 }
 
@@ -66,7 +64,7 @@ async def run(model: str, chosen: Set, trace: Path) -> tuple[dict[str, Any], lis
     """What was measured and predicted, and the errors for what was held out, as shares."""
     source = open_source(model)
     sizes = sizes_of(source.spec, source.name)
-    measured = await measure(model, chosen.shapes(), source.spec.vocab_size, trace, chosen.pace, chosen.repeats)
+    measured = await measure(model, chosen.shapes(), source.spec.vocab_size, trace, chosen.pace)
     tables = tables_of(trace, sizes, measured)
     points = with_a_max(measured, tables)
     seen, held = ([p for p in points if (p.batch, int(p.context)) in work] for work in (chosen.fitted, chosen.held_out))

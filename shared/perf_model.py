@@ -3,8 +3,8 @@
 Source: JANUS (arXiv 2512.13525), section 3.5: T_attn = max(c_a, alpha b + c_kv b S), T_moe = beta a_max + c_e, and the
 time per output token is the sum of attention, exchange and experts over all layers. What the paper leaves out and is
 here: shared experts beside the exchange, layers without experts, the head, rows of prompts, experts that are bound by
-arithmetic, two micro-batches in turns, and what instances cost each other on a host that they share. DeviceProfile holds
-the coefficients; what waits for them is in shared/pace.py.
+arithmetic, two micro-batches in turns, and what instances cost each other on a host that they share. DeviceProfile
+holds the coefficients; what waits for them is in shared/pace.py.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class Costs:
     part_s: float = 0.0
     """The same where it comes on top of reading, as on CPUs."""
     reading: tuple[tuple[float, float], ...] = ()
-    """(instances, seconds per activated expert), ascending, where expert instances divide the memory and the cores of a host:
-    between them on a line. Empty: ``experts.expert_s``, however many there are."""
+    """(instances, seconds per activated expert), ascending, where expert instances divide a host's memory and cores; a
+    line between them. Empty: ``experts.expert_s``, however many there are."""
     member_s: float = 0.0
     """Per step and attention instance beside the first one: members of a group wait for each other."""
     token_s: float = 0.0

@@ -20,7 +20,7 @@ def plan(
     slo_tpot_ms: Annotated[float, typer.Option(min=0.001, help="time per output token, mean")],
     rate: Annotated[float, typer.Option(min=1e-6, help="requests per second")],
     hardware: Annotated[str, typer.Option(help="device of both pools: h100, h200, a100, l40s")] = "",
-    profile: Annotated[Path | None, typer.Option(help="file of `moemesh profile`: plan for the machine it ran on")] = None,
+    profile: Annotated[Path | None, typer.Option(help="file of `moemesh profile`: plan for that machine")] = None,
     attention_hardware: Annotated[str, typer.Option(help="device of the attention pool; else --hardware")] = "",
     expert_hardware: Annotated[str, typer.Option(help="device of the expert pool; else --hardware")] = "",
     link: Annotated[str, typer.Option(help="between nodes: infiniband, ethernet-25, ...")] = "infiniband",
@@ -122,7 +122,8 @@ def _print(question: "Question", given: "Answer") -> None:
     found, setting, out = given.found, given.setting, Console(highlight=False)
     best = found.best
     assert best is not None
-    source = f"by {question.profile}; prompts count as rows of decode do" if question.profile else "all times are computed"
+    fitted = f"times by {question.profile}, where prompts cost what rows of decode do"
+    source = fitted if question.profile else "all times are computed"
     out.print(f"{setting.sizes.name}; a_max by {setting.tables.about}; {source}", soft_wrap=True)
     for line in chosen(best, setting):
         out.print(line, soft_wrap=True)

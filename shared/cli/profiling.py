@@ -12,20 +12,20 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from shared.changes import Phase, PlacementRecord
 from shared.cli.mesh import LocalMesh, MeshOptions
 from shared.cli.status import look
 from shared.errors import MoemeshError
+from shared.membership import Member
 from shared.messages import Kind
 from shared.planning.amax import Amax
 from shared.planning.fit import Point
 from shared.traces.recorder import Limits, record
 
-OUTPUT = 96
-"""Tokens of each stream; those that all streams have in common are measured."""
 LEAST_TOKENS = 8
 """Of every stream in the span that is measured."""
-REPEATS = 3
-"""Of a shape; the one with the median time counts."""
+LONGEST_START_S = 120.0
+"""Until all instances of a mesh take part."""
 MESH = "profile"
 SETTINGS = {"prefix_cache": "false", "micro_batches": "1"}
 """Every batch computes its prompts, and steps are whole: the model has no second micro-batch here."""
@@ -47,6 +47,20 @@ class Shape:
     """Sequences of all attention instances."""
     context: int
     """Positions that a row attends to in the middle of the output."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of it is measured."""
+
+    output: int = 96
+    """Tokens of each stream; those that all streams have in common are measured."""
+    repeats: int = 3
+    """Of a shape; the one with the median time counts."""
+
+
+PACED = Effort(output=48, repeats=1)
+"""Steps of paced meshes are slow, and all alike."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +93,16 @@ class Pages:
 
     @classmethod
     async def of(cls, mesh: LocalMesh) -> "Pages":
-        members, _ = await look(mesh.nats_url, MESH)
-        urls = {kind: tuple(m.heartbeat.url for m in members if m.heartbeat.kind is kind) for kind in Kind}
-        return cls(urls[Kind.ATTENTION], urls[Kind.EXPERTS])
+        """Waits until all instances take part. Raises NotMeasured after LONGEST_START_S seconds."""
+        give_up = time.monotonic() + LONGEST_START_S
+        while True:
+            members, record = await look(mesh.nats_url, MESH)
+            if complete(mesh.options, members, record):
+                urls = {kind: tuple(m.heartbeat.url for m in members if m.heartbeat.kind is kind) for kind in Kind}
+                return cls(urls[Kind.ATTENTION], urls[Kind.EXPERTS])
+            if time.monotonic() > give_up:
+                states = ", ".join(f"{m.id} {m.heartbeat.state}" for m in members)
+                raise NotMeasured(f"not all instances took part within {LONGEST_START_S:g} s: {states}")
 
     async def read(self, client: httpx.AsyncClient) -> Counts:
         """As of now."""
@@ -100,8 +121,18 @@ class Pages:
         )
 
 
+def complete(options: MeshOptions, members: Sequence[Member], record: PlacementRecord | None) -> bool:
+    """Whether every instance is READY and every expert instance has experts, and nothing is about to change."""
+    ready = [member.heartbeat.kind for member in members if member.ready]
+    if [ready.count(kind) for kind in (Kind.ATTENTION, Kind.EXPERTS)] != [options.attention, options.experts]:
+        return False
+    if record is None or record.committed is None:
+        return False
+    return record.phase is Phase.SETTLED and len(record.committed.instances) == options.experts
+
+
 async def measure(
-    model: str, shapes: Sequence[Shape], vocab: int, trace: Path | None = None, pace: str = "", repeats: int = REPEATS
+    model: str, shapes: Sequence[Shape], vocab: int, trace: Path | None = None, pace: str = ""
 ) -> list[Point]:
     """The median of the repeats for every shape, by meshes. Shapes take turns, so that what the machine does meanwhile
     does not look like a difference between them.
@@ -113,16 +144,18 @@ async def measure(
     Raises:
         NotMeasured: a batch did not decode long enough together.
     """
-    points = []
+    points, effort = [], PACED if pace else Effort()
     for attention, experts in sorted({(shape.attention, shape.experts) for shape in shapes}):
         mine = [shape for shape in shapes if (shape.attention, shape.experts) == (attention, experts)]
         options = MeshOptions(model, attention, experts, port=0, mesh=MESH, settings={**SETTINGS, "pace": pace})
         async with LocalMesh(options) as mesh, recorded_to(trace, mesh):
             trace = None  # of one mesh
             pages = await Pages.of(mesh)
-            await one(mesh, pages, mine[0], vocab, seed=repeats)  # ways are tried, shapes of steps recorded
-            rounds = [[await one(mesh, pages, shape, vocab, seed) for shape in mine] for seed in range(repeats)]
-            points += map(middle, zip(*rounds, strict=True))
+            await one(mesh, pages, mine[0], effort.output, vocab, seed=effort.repeats)  # to warm up
+            taken: list[list[Point]] = []
+            for seed in range(effort.repeats):
+                taken.append([await one(mesh, pages, shape, effort.output, vocab, seed) for shape in mine])
+            points += map(middle, zip(*taken, strict=True))
     return points
 
 
@@ -146,18 +179,18 @@ def middle(points: Sequence[Point]) -> Point:
     return sorted(points, key=lambda point: point.step_s)[len(points) // 2]
 
 
-async def one(mesh: LocalMesh, pages: Pages, shape: Shape, vocab: int, seed: int) -> Point:
-    """One batch. Raises NotMeasured."""
-    prompt = max(1, shape.context - OUTPUT // 2)
+async def one(mesh: LocalMesh, pages: Pages, shape: Shape, output: int, vocab: int, seed: int) -> Point:
+    """One batch of so many tokens per stream. Raises NotMeasured."""
+    prompt = max(1, shape.context - output // 2)
     ids = np.random.default_rng([seed, *astuple(shape)]).integers(1, vocab, (shape.batch, prompt)).tolist()
     arrivals: list[list[float]] = [[] for _ in ids]
     limits = httpx.Limits(max_connections=shape.batch + 1)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client, asyncio.TaskGroup() as tasks:
         for numbers, times in zip(ids, arrivals, strict=True):
-            tasks.create_task(stream(client, mesh.url, numbers, times))
+            tasks.create_task(stream(client, mesh.url, numbers, output, times))
         await until(lambda: all(arrivals))  # prompts are computed
         before = await pages.read(client)
-        await until(lambda: max(map(len, arrivals)) >= OUTPUT - 4)
+        await until(lambda: max(map(len, arrivals)) >= output - 4)
         taken = await pages.read(client) - before
     return point_of(shape, arrivals, taken)
 
@@ -167,7 +200,7 @@ def point_of(shape: Shape, arrivals: Sequence[Sequence[float]], taken: Counts) -
     start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     spans = [[t for t in times if start <= t <= end] for times in arrivals]
     if min(map(len, spans)) < LEAST_TOKENS or not taken.exchanges:
-        raise NotMeasured(f"{shape.batch} streams of {OUTPUT} tokens did not decode together: give a smaller batch")
+        raise NotMeasured(f"{shape.batch} streams did not decode together: give a smaller batch")
     gaps = [(times[-1] - times[0]) / (len(times) - 1) for times in spans]
     activated = taken.activations / taken.answers
     return Point(
@@ -191,13 +224,14 @@ def with_a_max(points: Sequence[Point], tables: Amax) -> list[Point]:
     return [replace(p, a_max=max(p.activated, float(most))) for p, most in zip(points, busiest, strict=True)]
 
 
-async def stream(client: httpx.AsyncClient, url: str, ids: list[int], arrivals: list[float]) -> None:
+async def stream(client: httpx.AsyncClient, url: str, ids: list[int], output: int, arrivals: list[float]) -> None:
     """One completion; notes when its tokens come. Raises NotMeasured.
 
     Sampled: greedy continuations soon agree in their tokens, and then a whole batch asks the same few experts.
     """
-    body = {"prompt": ids, "max_tokens": OUTPUT, "temperature": 1.0, "seed": sum(ids), "ignore_eos": True, "stream": True}
-    async with client.stream("POST", url + "/v1/completions", json=body | {"return_token_ids": True}) as response:
+    body = {"prompt": ids, "max_tokens": output, "temperature": 1.0, "seed": sum(ids)}
+    always = {"ignore_eos": True, "stream": True, "return_token_ids": True}
+    async with client.stream("POST", url + "/v1/completions", json=body | always) as response:
         if response.status_code != 200:
             raise NotMeasured((await response.aread()).decode())
         async for line in response.aiter_lines():

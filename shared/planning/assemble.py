@@ -94,9 +94,8 @@ def check(tables: Amax, sizes: Sizes, slots: int) -> None:
     """Refuse tables of another model, of other slots or of another choice of replicas. Raises ConfigError."""
     theirs, ours = (tables.experts, tables.top_k), (sizes.experts, sizes.top_k)
     if theirs != ours:
-        routes = "{} of {} experts for each row"
-        problem = f"they are of another model, with {routes.format(*theirs[::-1])}: here it is {routes.format(*ours[::-1])}"
-        raise ConfigError("--tables", problem)
+        told, here = ("{1} of {0}".format(*numbers) for numbers in (theirs, ours))
+        raise ConfigError("--tables", f"they are of another model, with {told} experts for each row: here it is {here}")
     foreign = sorted(set(tables.layers) - set(sizes.moe_layers))
     if foreign:
         raise ConfigError("--tables", f"they are of another model: layer {foreign[0]} of this one has no experts")

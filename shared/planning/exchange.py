@@ -56,7 +56,7 @@ class Fabric(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Seconds of an exchange beside the experts' own time, where it was measured; it goes whichever way the mesh has chosen."""
+    """Seconds of an exchange beside the experts' own time, where it was measured, by whichever way."""
 
     exchange_s: float
     instance_s: float

@@ -48,7 +48,7 @@ class Point:
     a_max: float
     """and on the busiest one."""
     late: float = 0.0
-    """Of paced instances: what their work took longer than it should have, as a share. Much: too many for these cores."""
+    """Of paced instances: what their work took longer than it should have, as a share of that."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,12 @@ def fit(points: Sequence[Point], sizes: Sizes, paced: str = "") -> Fitted:
     exchange = least(table["exchange_s"] - busiest, [one, table["experts"], others, table["batch"]], steps)
     own = own_rows(table["batch"], table["attention"])
     fixed = [one, own, table["batch"], others]
-    once, attention = _with_floor(steps - moe * table["exchange_s"], fixed, own, table["context"], steps, sizes.layers)
+    rest = steps - moe * table["exchange_s"]
+    once, (floor_s, attention_row_s, position_s) = _with_floor(rest, fixed, own, table["context"], steps, sizes.layers)
+    step_s, row_s, token_s, member_s = once
     return Fitted(
-        sizes, paced, int(table["attention"].max()), int(table["experts"].max()), *once, *attention,
-        experts_s, expert_s, part_s, Measured(*exchange),
+        sizes, paced, int(table["attention"].max()), int(table["experts"].max()), step_s, row_s, token_s, member_s,
+        floor_s, attention_row_s, position_s, experts_s, expert_s, part_s, Measured(*exchange),
     )  # fmt: skip
 
 
@@ -134,8 +136,8 @@ def _with_floor(
 ) -> tuple[list[float], list[float]]:
     """Coefficients of ``fixed`` and (floor, per row, per position) of values = fixed + layers x max(floor, rows ...).
 
-    Linear once it is known which points the floor counts for: those with the least work. Every such division is tried, in
-    the order of the work as the last round's coefficients have it.
+    Linear once it is known which points the floor counts for: those with the least work. Every such division is tried,
+    in the order of the work as the last round's coefficients have it.
     """
     work, best, found = own, np.inf, [0.0] * (len(fixed) + 3)
     for _ in range(ROUNDS):

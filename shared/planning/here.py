@@ -13,7 +13,7 @@ from shared.perf_model import Load
 from shared.planning.amax import Amax
 from shared.planning.exchange import CHOSEN
 from shared.planning.fit import Fitted, Point
-from shared.planning.memory import Room
+from shared.planning.memory import Room, attention_bytes
 from shared.planning.plan import Plan
 from shared.planning.report import binding, breaks
 from shared.planning.search import Space, search, space_of
@@ -35,9 +35,16 @@ class Choice:
     """That candidate."""
 
 
-def setting_here(fitted: Fitted, tables: Amax, attention_price: float = 1.0, expert_price: float = 1.0) -> Setting:
-    """What is planned for, by fitted coefficients. Memory is not limited but for the slots of ``tables``."""
-    room = Room(np.inf, np.inf, tables.slots)
+def setting_here(
+    fitted: Fitted, tables: Amax, attention_price: float = 1.0, expert_price: float = 1.0, cache: float = np.inf
+) -> Setting:
+    """What is planned for, by fitted coefficients.
+
+    Args:
+        tables: their slots are what limits an expert instance.
+        cache: bytes of an attention instance that are planned with.
+    """
+    room = Room(cache, np.inf, tables.slots)
     return Setting(
         fitted.sizes, fitted.costs(), fitted.exchange, room, tables, tables, attention_price, expert_price, CHOSEN
     )
@@ -62,13 +69,16 @@ def choose(
     experts: tuple[int, int] = (1, MOST),
     attention_price: float = 1.0,
     expert_price: float = 1.0,
+    sequences: float = np.inf,
 ) -> Choice:
     """The fewest instances whose predicted times keep the limits at this demand; the cheapest, where prices differ.
 
     Args:
         attention, experts: least and most instances of either pool.
+        sequences: that one attention instance decodes at most, by its cache or its settings.
     """
-    setting = setting_here(fitted, tables, attention_price, expert_price)
+    cache = float(attention_bytes(fitted.sizes, np.array(sequences), demand.context, np.array(sequences + demand.chunk)))
+    setting = setting_here(fitted, tables, attention_price, expert_price, cache)
     space = space_here(fitted, setting, attention, experts)
     if not len(space.attention):
         measured = f"{fitted.most_attention}A{fitted.most_experts}E"

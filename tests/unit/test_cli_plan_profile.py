@@ -57,21 +57,21 @@ def test_a_plan_for_this_machine_stays_within_what_was_measured(profiled: tuple[
 def test_it_is_printed_with_where_its_times_come_from(profiled: tuple[Path, Path]) -> None:
     model, file = profiled
     text = run(model, "--profile", str(file))
-    assert f"by {file}" in text and "why not less" in text
+    assert f"times by {file}" in text and "why not less" in text
     assert "monolith" not in text and "memory of attention" not in text
 
 
 def test_both_or_neither_of_profile_and_hardware_are_refused(profiled: tuple[Path, Path]) -> None:
     model, file = profiled
-    with pytest.raises(ConfigError, match="--profile: .*leave out --hardware"):
+    with pytest.raises(ConfigError, match=r"--profile: .*leave out --hardware"):
         run(model, "--profile", str(file), "--hardware", "h100")
-    with pytest.raises(ConfigError, match="--hardware: name a device.* or give a --profile"):
+    with pytest.raises(ConfigError, match=r"--hardware: name a device.* or give a --profile"):
         run(model)
 
 
 def test_a_profile_of_another_model_is_refused(profiled: tuple[Path, Path], tmp_path: Path) -> None:
     make_checkpoint("tiny-qwen3", tmp_path / "other")
-    with pytest.raises(BadProfile, match="fitted to .*, another model"):
+    with pytest.raises(BadProfile, match=r"fitted to .*, another model"):
         run(tmp_path / "other", "--profile", str(profiled[1]))
 
 

@@ -102,7 +102,8 @@ def test_experts_that_compute_longer_than_they_read_are_bound_by_their_rows() ->
 
 
 def test_on_a_shared_host_rows_cost_on_top_of_reading_which_depends_on_the_instances() -> None:
-    costs = Costs(DeviceProfile("a"), DeviceProfile("e", experts_s=1.0), 1, 1, 0.0, part_s=0.5, reading=((1, 2), (3, 4)))
+    experts = DeviceProfile("e", experts_s=1.0)
+    costs = Costs(DeviceProfile("a"), experts, 1, 1, 0.0, part_s=0.5, reading=((1, 2), (3, 4)))
     several = arrays(1, 2, 3, 9)
     assert experts_seconds(costs, arrays(1, 1, 1, 1), arrays(2, 2, 2, 2), several).tolist() == [4.0, 5.0, 6.0, 6.0]
 

@@ -45,9 +45,11 @@ def test_noise_moves_predictions_little(seed: int) -> None:
 
 def test_an_exchange_waits_for_the_busiest_instance() -> None:
     """Uneven experts must not look like a cost of the exchange itself."""
-    uneven = [replace(p, a_max=p.a_max + 2, exchange_s=p.exchange_s + 2 * TRUE.expert_s[p.experts]) for p in points(TRUE)]
-    moe = len(MODEL.moe_layers)
-    uneven = [replace(p, step_s=p.step_s + moe * 2 * TRUE.expert_s[p.experts]) for p in uneven]
+    uneven = []
+    for p in points(TRUE):
+        longer = 2 * TRUE.expert_s[p.experts]
+        step_s = p.step_s + len(MODEL.moe_layers) * longer
+        uneven.append(replace(p, a_max=p.a_max + 2, exchange_s=p.exchange_s + longer, step_s=step_s))
     assert fit(uneven, MODEL).exchange == pytest.approx(TRUE.exchange, rel=1e-3)
 
 
@@ -64,8 +66,9 @@ def test_too_few_points_are_refused() -> None:
 def test_a_profile_is_read_as_it_was_written_and_refused_for_another_model(tmp_path: Path) -> None:
     file, made = tmp_path / "here.json", points(TRUE)
     save_fitted(file, replace(TRUE, paced="slow"), made, "abc")
-    assert load_fitted(file, "abc") == (replace(TRUE, paced="slow"), made)
-    assert isinstance(load_fitted(file, "abc")[0].exchange, Measured) and isinstance(load_fitted(file, "abc")[1][0], Point)
+    fitted, again = load_fitted(file, "abc")
+    assert (fitted, again) == (replace(TRUE, paced="slow"), made)
+    assert isinstance(fitted.exchange, Measured) and isinstance(again[0], Point)
     with pytest.raises(BadProfile, match="fitted to bench-1b, another model: run `moemesh profile`"):
         load_fitted(file, "def")
     file.write_text(file.read_text().replace('"version": 2', '"version": 1'))

@@ -82,6 +82,13 @@ def test_a_limit_on_the_first_token_counts() -> None:
     assert strict.plan is None or strict.plan.ttft_s <= free.ttft_s * 0.8
 
 
+def test_an_attention_instance_gets_no_more_sequences_than_it_holds() -> None:
+    demand, slo = Demand(5.0, 16.0, 64.0), Slo(0.2)
+    free, tight = (choose(TRUE, TABLES, demand, slo, sequences=most).plan for most in (np.inf, 16.0))
+    assert free and tight and free.batch / free.attention > 16
+    assert tight.batch / tight.attention <= 16 and tight.devices >= free.devices
+
+
 def test_dear_experts_are_replaced_by_attention() -> None:
     demand, slo = Demand(10.0, 16.0, 64.0), Slo(0.1)
     cheap, dear = (choose(TRUE, TABLES, demand, slo, expert_price=price).plan for price in (1.0, 50.0))
