@@ -62,6 +62,8 @@ class Looks:
     times: list[float] = field(default_factory=list)
     ready: list[Sizes] = field(default_factory=list)
     there: list[Sizes] = field(default_factory=list)
+    off: list[float] = field(default_factory=list)
+    """Measured over predicted times, as the scheduler sees it."""
 
     async def keep(self, mesh: LocalMesh, stop: asyncio.Event) -> None:
         bus, members = await Bus.connect(mesh.nats_url, "autoscale-bench"), Members(mesh.options.mesh)
@@ -71,8 +73,14 @@ class Looks:
             self.times.append(time.perf_counter())
             self.ready.append(_sizes([sum(m.ready for m in pool) for pool in pools]))
             self.there.append(_sizes([sum(m.heartbeat.state is not State.GONE for m in pool) for pool in pools]))
+            facts = [m.heartbeat.autoscale for m in members.all() if m.heartbeat.autoscale]
+            self.off.append(facts[0].measured_over_predicted if facts else 1.0)
             await asyncio.sleep(LOOK_S)
         await bus.close()
+
+    def off_at(self, at: float) -> float:
+        """Measured over predicted times just before."""
+        return self.off[int(np.searchsorted(self.times, at)) - 1]
 
     def grown(self, start: float, end: float) -> float:
         """When the last instance came that has made the pools larger within a span; infinite: none."""
@@ -96,7 +104,7 @@ async def profiled(scratch: Path, pace: str) -> Path:
     """A profile of paced meshes."""
     source, path = open_source(""), scratch / "fitted.json"
     sizes, trace = sizes_of(source.spec, source.name), path.with_suffix(".trace")
-    measured = await measure("", SHAPES, source.spec.vocab_size, trace, pace, repeats=1)
+    measured = await measure("", SHAPES, source.spec.vocab_size, trace, pace)
     points = with_a_max(measured, tables_of(trace, sizes, measured))
     save_fitted(path, fit(points, sizes, PACE["name"]), points, source.digest)
     return path
@@ -177,6 +185,7 @@ def judged(
     ]
     result = {
         "pace": PACE, "slo_ms": round(slo_s * 1e3, 1), "requests": len(asked), "problems": failed[:5],
+        "measured_over_predicted": [round(looks.off_at(at), 2) for at in (*moves, np.inf)],
         "ready": changes, "p99_ms": {name: round(seconds * 1e3, 1) for name, seconds in times.items()},
     }  # fmt: skip
     return result, [

@@ -34,12 +34,12 @@ class Model(Protocol):
         """Expert instances that hold every expert."""
         ...
 
-    def choose(self, demand: Demand, slo: Slo) -> Choice:
-        """The fewest instances that keep the limits."""
+    def choose(self, demand: Demand, slo: Slo, seats: int) -> Choice:
+        """The fewest instances that keep the limits, with so many sequences on an attention instance at most."""
         ...
 
-    def tpot(self, sizes: Sizes, batch: float, context: float) -> float:
-        """Seconds per token of so many sequences in decode, all attention instances together."""
+    def tpot(self, sizes: Sizes, batch: float, demand: Demand) -> float:
+        """Seconds per token of so many sequences in decode, all together; only the lengths of a demand matter."""
         ...
 
 
@@ -76,6 +76,11 @@ class Look:
     seats: int
     """Sequences that an attention instance holds."""
 
+    @property
+    def demand(self) -> Demand:
+        """What is expected."""
+        return Demand(max(LEAST_RATE, HEADROOM * self.rate), self.lately.prompt, self.lately.output)
+
 
 @dataclass(frozen=True)
 class Need:
@@ -98,13 +103,17 @@ def needed(look: Look, rules: Rules, model: Model, off: float) -> Need:
         return Need(look.now, rules.within({A: 1, E: 0}), f"nobody has asked for {rules.idle_s:g} s")
     if not (look.rate or look.lately.open):
         return Need(look.now, rules.within({A: 1, E: max(1, model.fewest)}), "nobody asks")
-    demand = Demand(max(LEAST_RATE, HEADROOM * look.rate), look.lately.prompt, look.lately.output)
+    demand = look.demand
     slo = replace(rules.slo, tpot_s=rules.slo.tpot_s * AIM / off)
-    choice = model.choose(demand, slo)
-    plan = choice.plan or nearest(lambda rate: model.choose(replace(demand, rate=rate), slo).plan, demand.rate)
-    sizes = {A: max(plan.attention, -int(-plan.batch // look.seats)), E: max(1, plan.experts)}
+
+    def choice(rate: float) -> Choice:
+        return model.choose(replace(demand, rate=rate), slo, look.seats)
+
+    first = choice(demand.rate)
+    plan = first.plan or nearest(lambda rate: choice(rate).plan, demand.rate)
+    sizes = {A: plan.attention, E: max(1, plan.experts)}
     what = f"{look.rate:.3g} requests/s of {demand.prompt:.0f} + {demand.output:.0f} tokens are expected"
-    why = f"{plan.name}; {choice.why}" if choice.plan else f"more than can be served in time: {choice.why}"
+    why = f"{plan.name}; {first.why}" if first.plan else f"more than can be served in time: {first.why}"
     return Need(look.now, rules.within(sizes), f"{what}: {why}", plan.tpot_s * off)
 
 
@@ -126,9 +135,9 @@ def pressed(look: Look, rules: Rules, model: Model) -> Need | None:
 
 def _one_more(look: Look, rules: Rules, model: Model) -> dict[Pool, int]:
     """In the pool where it helps most, as far as that may grow."""
-    batch, context = decoding(look.steady), look.lately.prompt + look.lately.output / 2
+    batch = decoding(look.steady)
     options = [rules.within({**look.sizes, pool: look.sizes[pool] + 1}) for pool in Pool]
-    return min(options, key=lambda sizes: (sizes == look.sizes, model.tpot(sizes, batch, context)))
+    return min(options, key=lambda sizes: (sizes == look.sizes, model.tpot(sizes, batch, look.demand)))
 
 
 def decoding(observed: Observed) -> float:
@@ -141,8 +150,7 @@ def corrected(off: float, look: Look, model: Model) -> float:
     measured = look.steady.inter
     if measured.count < ENOUGH or not look.sizes[E]:
         return off
-    context = look.lately.prompt + look.lately.output / 2
-    now = measured.mean / model.tpot(look.sizes, decoding(look.steady), context)
+    now = measured.mean / model.tpot(look.sizes, decoding(look.steady), look.demand)
     return off + GAIN * (min(max(now, LEAST_OFF), MOST_OFF) - off)
 
 

@@ -5,10 +5,9 @@ import numpy as np
 from services.scheduler.autoscale_settings import Profile
 from services.scheduler.autoscaling import A, E, Rules, Sizes
 from shared.errors import MoemeshError
-from shared.perf_model import Load
 from shared.planning.amax import monte_carlo
 from shared.planning.here import Choice, choose, setting_here
-from shared.planning.setting import Demand, Mesh, Slo, mesh_step
+from shared.planning.setting import Demand, Mesh, Slo, load_of, mesh_step
 
 
 class CannotHold(MoemeshError):
@@ -39,12 +38,13 @@ class Planner:
     def fewest(self) -> int:
         return self._tables.first
 
-    def choose(self, demand: Demand, slo: Slo) -> Choice:
+    def choose(self, demand: Demand, slo: Slo, seats: int) -> Choice:
         least, most = self._rules.least, self._rules.most
-        return choose(self._fitted, self._tables, demand, slo, (least[A], most[A]), (max(1, least[E]), most[E]))
+        bounds = (least[A], most[A]), (max(1, least[E]), most[E])
+        return choose(self._fitted, self._tables, demand, slo, *bounds, sequences=seats)
 
-    def tpot(self, sizes: Sizes, batch: float, context: float) -> float:
-        load = Load(np.array([batch]), np.zeros(1), self._setting.sizes.attended(context), 0.0)
+    def tpot(self, sizes: Sizes, batch: float, demand: Demand) -> float:
+        load = load_of(self._setting, demand, np.array([batch]))
         experts = min(max(sizes[E], self._tables.first), self._tables.most)
         mesh = Mesh(np.array([float(sizes[A])]), np.array([float(experts)]), 1)
         return float(mesh_step(self._setting, load, mesh).step.seconds[0])

@@ -23,6 +23,7 @@ from services.scheduler.autoscaling import (
 from services.scheduler.traffic import Traffic
 from shared.messages import AttentionFacts
 from shared.planning.deciding import Unservable, moving_quantile, nearest
+from shared.planning.setting import Demand
 from tests.unit.autoscale_cases import planner, rules, served, steady_traffic
 
 ONE: Sizes = {A: 1, E: 1}
@@ -46,13 +47,13 @@ def test_a_mesh_that_is_slower_than_its_model_needs_more_instances() -> None:
 
 def test_measured_over_predicted_times_are_found_and_bounded() -> None:
     sizes = {A: 1, E: 2}
-    predicted = planner().tpot(sizes, 4.0, 7.0)
+    predicted = planner().tpot(sizes, 4.0, Demand(1.0, 2.0, 10.0))
     seen = look(steady_traffic(2, 10, 1.5 * predicted), 2.0, sizes)
     off = 1.0
     for _ in range(100):
         off = corrected(off, seen, planner())
     batch = 2 * 10 * 1.5 * predicted
-    assert off == pytest.approx(1.5 * predicted / planner().tpot(sizes, batch, 7.0), rel=0.05)
+    assert off == pytest.approx(1.5 * predicted / planner().tpot(sizes, batch, Demand(1.0, 2.0, 10.0)), rel=0.05)
     assert corrected(1.0, look(steady_traffic(2, 10, 100.0), 2.0), planner()) <= 1.3
 
 
@@ -70,7 +71,7 @@ def test_limits_that_nothing_keeps_are_said() -> None:
 def test_sequences_that_find_no_seat_need_more_attention_instances() -> None:
     traffic = steady_traffic(3, 10, 0.06)
     assert needed(look(traffic, 3.0), rules(), planner(), 1.0).sizes[A] == 1
-    assert needed(look(traffic, 3.0, seats=2), rules(), planner(), 1.0).sizes[A] > 1
+    assert needed(look(traffic, 3.0, seats=1), rules(), planner(), 1.0).sizes[A] > 1
 
 
 def test_the_expert_pool_goes_to_none_when_it_may_and_comes_back_when_a_request_waits() -> None:
