@@ -77,7 +77,9 @@ def choose(
         attention, experts: least and most instances of either pool.
         sequences: that one attention instance decodes at most, by its cache or its settings.
     """
-    cache = float(attention_bytes(fitted.sizes, np.array(sequences), demand.context, np.array(sequences + demand.chunk)))
+    cache = float(
+        attention_bytes(fitted.sizes, np.array(sequences), demand.context, np.array(sequences + demand.chunk))
+    )
     setting = setting_here(fitted, tables, attention_price, expert_price, cache)
     space = space_here(fitted, setting, attention, experts)
     if not len(space.attention):
