@@ -13,8 +13,11 @@ from typing import Any
 
 from services.scheduler.autoscale_settings import Profile
 from services.scheduler.autoscaling import (
+    A,
+    E,
     Look,
     Need,
+    Offs,
     Rules,
     Sizes,
     corrected,
@@ -64,7 +67,7 @@ class Autoscaler:
         self._traffic = Traffic(WINDOWS * rules.window_s, now)
         self._planner: Planner | None = None
         self._needs: list[Need] = []
-        self._off = 1.0
+        self._offs: Offs = {}
         self._steady_since = now
         self._changes: Counter[Pool] = Counter()
         self._stopping = False
@@ -138,9 +141,9 @@ class Autoscaler:
         if hold:
             self._steady_since = now + SETTLE_S
         else:
-            self._off = corrected(self._off, look, planner)
+            self._offs = corrected(self._offs, look, planner)
         self._tell(look)
-        need = needed(look, rules, planner, self._off)
+        need = needed(look, rules, planner, self._offs)
         more = None if hold or any(need.sizes[p] > look.sizes[p] for p in Pool) else pressed(look, rules, planner)
         need = more or need
         self._needs = remembered(self._needs, need, rules.cooldown_s)
@@ -187,7 +190,7 @@ class Autoscaler:
         seen = {
             "rate": last.rate, "expected": look.rate, "prompt": look.lately.prompt, "output": look.lately.output,
             "open": last.open, "tpot_s": last.inter.mean, "ttft_s": last.first.mean,
-            "measured_over_predicted": self._off,
+            "measured_over_predicted": self._offs.get((look.sizes[A], look.sizes[E]), 1.0),
         }  # fmt: skip
         self._facts = self._facts.model_copy(update=seen)
 

@@ -16,12 +16,15 @@ from shared.planning.setting import Demand, Slo
 
 A, E = Pool.ATTENTION, Pool.EXPERTS
 Sizes = Mapping[Pool, int]
+Offs = Mapping[tuple[int, int], float]
+"""Measured over predicted times per token, by (attention, expert) instances: models err in different ways, and what two
+sizes have in turns must not send the pools to and fro."""
 AIM = 0.9
 """Share of the time per token that is planned with: plans are for means, and batches vary."""
 LEAST_OFF, MOST_OFF = 0.5, 4.0
 """Between which a measured time over a predicted one is believed."""
-GAIN = 0.1
-"""How much of a new measurement of it counts, each second."""
+GAIN, FADE = 0.1, 1 / 600
+"""How much of a new measurement of it counts, each second, and of what other sizes had meanwhile."""
 ENOUGH, ENOUGH_FIRST = 32, 8
 """Tokens, and first tokens, that a measurement takes."""
 
@@ -93,16 +96,19 @@ class Need:
     """That is planned with; 0: nothing was planned."""
 
 
-def needed(look: Look, rules: Rules, model: Model, off: float) -> Need:
-    """Sizes for what is expected. Raises Unservable.
-
-    Args:
-        off: measured over predicted times, see ``corrected``.
-    """
+def needed(look: Look, rules: Rules, model: Model, offs: Offs) -> Need:
+    """Sizes for what is expected. Raises Unservable."""
     if rules.least[E] == 0 and look.idle_s >= rules.idle_s:
         return Need(look.now, rules.within({A: 1, E: 0}), f"nobody has asked for {rules.idle_s:g} s")
     if not (look.rate or look.lately.open):
         return Need(look.now, rules.within({A: 1, E: max(1, model.fewest)}), "nobody asks")
+    off = offs.get(_key(look.sizes), 1.0)
+    need = _planned(look, rules, model, off)
+    known = offs.get(_key(need.sizes), off)
+    return _planned(look, rules, model, known) if known > off else need
+
+
+def _planned(look: Look, rules: Rules, model: Model, off: float) -> Need:
     demand = look.demand
     slo = replace(rules.slo, tpot_s=rules.slo.tpot_s * AIM / off)
 
@@ -145,13 +151,20 @@ def decoding(observed: Observed) -> float:
     return max(1.0, observed.tokens_per_s * observed.inter.mean)
 
 
-def corrected(off: float, look: Look, model: Model) -> float:
-    """Measured over predicted times per token, after one more look."""
+def corrected(offs: Offs, look: Look, model: Model) -> Offs:
+    """After one more look. Sizes that are new begin with what the others had."""
+    mine = _key(look.sizes)
+    before = offs.get(mine, max(offs.values(), default=1.0))
     measured = look.steady.inter
     if measured.count < ENOUGH or not look.sizes[E]:
-        return off
+        return {**offs, mine: before}
     now = measured.mean / model.tpot(look.sizes, decoding(look.steady), look.demand)
-    return off + GAIN * (min(max(now, LEAST_OFF), MOST_OFF) - off)
+    after = before + GAIN * (min(max(now, LEAST_OFF), MOST_OFF) - before)
+    return {key: off + FADE * (after - off) for key, off in offs.items()} | {mine: after}
+
+
+def _key(sizes: Sizes) -> tuple[int, int]:
+    return sizes[A], sizes[E]
 
 
 def remembered(needs: Sequence[Need], need: Need, cooldown_s: float) -> list[Need]:
