@@ -23,7 +23,7 @@ AIM = 0.9
 """Share of the time per token that is planned with: plans are for means, and batches vary."""
 LEAST_OFF, MOST_OFF = 0.5, 4.0
 """Between which a measured time over a predicted one is believed."""
-GAIN, FADE = 0.1, 1 / 600
+GAIN, FADE = 0.1, 1 / 120
 """How much of a new measurement of it counts, each second, and of what other sizes had meanwhile."""
 ENOUGH, ENOUGH_FIRST = 32, 8
 """Tokens, and first tokens, that a measurement takes."""
