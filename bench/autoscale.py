@@ -81,7 +81,7 @@ class Looks:
 
     async def until(self, sizes: Sizes) -> None:
         """So many are there, and READY."""
-        while not self.ready or not self.ready[-1] == self.there[-1] == sizes:
+        while not self.ready or not self.ready[-1] == self.there[-1] == sizes:  # noqa: ASYNC110
             await asyncio.sleep(LOOK_S)
 
     def off_at(self, at: float) -> float:
