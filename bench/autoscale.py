@@ -89,12 +89,12 @@ class Looks:
         return self.off[int(np.searchsorted(self.times, at)) - 1]
 
     def grown(self, start: float, end: float) -> float:
-        """When the last instance came that has made the pools larger within a span; infinite: none."""
+        """When the first instance came that has made the pools larger within a span; infinite: none."""
         changes = [
             at for at, before, now in zip(self.times[1:], self.ready, self.ready[1:], strict=False)
             if start <= at < end and sum(now) > sum(before)
         ]  # fmt: skip
-        return max(changes, default=float("inf"))
+        return min(changes, default=float("inf"))
 
     def back(self, start: float, sizes: Sizes) -> float:
         """When, after a time, there were so many for the first time, and nobody who was leaving; infinite: never."""
