@@ -45,12 +45,13 @@ PACE = {
     "attention_row_s": 0.5e-3, "experts_s": 1e-3, "expert_s": 1.5e-3, "head_s": 2e-3, "link_latency_s": 0.3e-3,
 }  # fmt: skip
 SHAPES = [Shape(a, e, b, 64) for a, e in ((1, 1), (1, 2), (1, 3), (2, 3)) for b in (2, 6, 16)]
-RATE, PROMPT, OUTPUT, KINDS = 0.7, 8, 40, 8
+RATE, PROMPT, OUTPUT, KINDS = 2.0, 4, 14, 8
 """Requests per second at first, tokens, and different prompts."""
 JUST = 1.25
 """The SLO over what 1A1E is planned to take at first."""
 BEFORE_S, HIGH_S, AFTER_S = 60.0, 120.0, 170.0
-SETTLED_S = 300.0
+SETTLED_S, WINDOW_S = 300.0, 10.0
+"""Until the first size is there; what came while it was too small is served for so long after others have come."""
 LOOK_S = 0.1
 MOST_OUT_S, MOST_IN_S = 30.0, 120.0
 Sizes = tuple[int, int]
@@ -182,7 +183,7 @@ def judged(
     changed = sum(not a.problem and a.stream.tokens != expected[a.kind] for a in asked)
     spans = {
         "before": (0.0, doubled), "doubled": (doubled, grown),
-        "scaled out": (grown, halved), "scaled in": (back, np.inf),
+        "scaled out": (grown + WINDOW_S, halved), "scaled in": (back, np.inf),
     }  # fmt: skip
     times = {name: p99([a for a in asked if start <= a.at < end]) for name, (start, end) in spans.items()}
     changes = [
