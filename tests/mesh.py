@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import io
 import re
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -13,16 +14,20 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
+from rich.console import Console
 
 from shared.bus import Bus
 from shared.cli.mesh import LocalMesh, MeshOptions
+from shared.cli.scale import ask
 from shared.cli.status import look
-from shared.messages import Subjects
+from shared.messages import Pool, Subjects
 from shared.placement_watch import read_record
+from shared.pool_messages import Scale
 
 T = TypeVar("T")
 START_LIMIT_S = 240.0
 PLACED_LIMIT_S = 60.0
+SCALED_LIMIT_S = 120.0
 
 
 @dataclass
@@ -52,6 +57,14 @@ class RunningMesh:
         response = httpx.post(self.url + "/v1/completions", json=body, timeout=120)
         assert response.status_code == 200, response.text
         return response.json()
+
+    def scale(self, pool: Pool, count: int, dry_run: bool = False) -> str:
+        """``moemesh scale``: what a person sees once it is done. Raises NotScaled."""
+        out = io.StringIO()
+        request = Scale(pool=pool, count=count, dry_run=dry_run)
+        limit = 0.0 if dry_run else SCALED_LIMIT_S
+        self.call(ask(self.mesh.nats_url, self.mesh.options.mesh, request, Console(file=out, width=160), limit))
+        return out.getvalue()
 
     def metrics_of(self, name: str) -> Callable[[str], float]:
         """Reads a metric of an instance; 0 for a metric or an instance that is not there yet."""

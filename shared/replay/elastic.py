@@ -52,8 +52,7 @@ def elastic_step(now, loads, expected, history, known, rules, pool, costs, times
         if rare >= 0:
             release(now, layer, rare, pool)
         if not early:
-            begins = now + misc_s + (distance - 1) * (time + misc_s)
-            _foresee(now, begins, layer, m, forecast, rules, pool, costs, times)
+            _foresee(now, now + misc_s, layer, m, forecast, rules, pool, costs, times)
         resident += pool.held.sum() * misc_s
         now += misc_s
     for r in range(recorded):
@@ -103,8 +102,11 @@ def _require(now, layer, e, loads, pool, times, waits, usable):
 
 
 @njit(cache=True, nogil=True)
-def _foresee(now, begins, layer, m, expected, rules, pool, costs, times):
-    """Start what layer ``m``, which begins then, is expected to need; replicas too, where one helps and is in time."""
+def _foresee(now, ends, layer, m, expected, rules, pool, costs, times):
+    """Start what layer ``m`` is expected to need; replicas too, where one helps and is started by ``ends``.
+
+    That is when the layer begins, or, where a start takes the time of computing, when the next layer does.
+    """
     alive = np.zeros((len(pool.held), len(expected)), np.int64)
     for e in range(len(expected)):
         for g in range(len(pool.held)):
@@ -117,11 +119,11 @@ def _foresee(now, begins, layer, m, expected, rules, pool, costs, times):
             start(now, m, g, e, pool, times)
             alive[g, e] = 1
     if rules[1]:
-        _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times)
+        _relieve(now, ends, layer, m, expected, alive, rules, pool, costs, times)
 
 
 @njit(cache=True, nogil=True)
-def _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times):
+def _relieve(now, ends, layer, m, expected, alive, rules, pool, costs, times):
     """Second replicas for one exchange, where the busiest instance is expected to gain more than a start disturbs."""
     wanted, ones = expected.copy(), np.ones(len(alive), np.int64)
     for e in range(len(expected)):
@@ -132,7 +134,7 @@ def _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times):
     for _ in range(MOST_RELIEFS):
         usable = alive.copy()
         for g in range(len(alive)):
-            usable[g] |= max(pool.free[g], now) + times[1] <= begins
+            usable[g] |= max(pool.free[g], now) + times[1] <= ends
         top = np.argmax(busy)
         e, h, count, f, busiest = best_move(rows, busy, usable, costs)
         if e == NOBODY or busy[top] - busiest < max(LEAST_RELIEF * busy[top], price):
@@ -146,7 +148,7 @@ def _relieve(now, begins, layer, m, expected, alive, rules, pool, costs, times):
             break
         carry_out(rows, busy, top, h, e, count, f, costs)
     if not rules[2]:
-        _insure(now, begins, layer, m, expected, alive, pool, times)
+        _insure(now, ends, layer, m, expected, alive, pool, times)
 
 
 @njit(cache=True, nogil=True)
@@ -170,10 +172,10 @@ def _second(now, layer, m, g, e, expected, alive, pool, times):
 
 
 @njit(cache=True, nogil=True)
-def _insure(now, begins, layer, m, expected, alive, pool, times):
+def _insure(now, ends, layer, m, expected, alive, pool, times):
     """Further replicas while nothing else is to be done: predictions err, and small experts make up for that best."""
     for g in range(len(alive)):
-        while max(pool.free[g], now) + times[1] <= begins:
+        while max(pool.free[g], now) + times[1] <= ends:
             e = _least_expected(g, expected, alive)
             if e == NOBODY or not _second(now, layer, m, g, e, expected, alive, pool, times):
                 break

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from shared.changes import Rebalance
 from shared.cli.children import ChildDied
 from shared.cli.rebalance import NotRebalanced, ask
 from shared.cli.status import look
-from shared.messages import Placement
+from shared.messages import Placement, Pool
 from shared.placement_watch import homes_array
 from tests.mesh import RunningMesh, outputs, running_mesh
 
@@ -64,6 +65,19 @@ def test_a_budget_below_one_row_is_refused_with_the_least_that_works():
         running_mesh({}, attention=1, experts=1, mesh="elastic-small", settings={"expert_memory": "300kB"}),
     ):
         pass
+
+
+def test_the_pool_goes_to_no_instance_and_back_and_requests_wait_for_it(alone) -> None:
+    settings = {"expert_memory": "12MB", "no_home_deadline": "120"}
+    with (
+        running_mesh({}, attention=1, experts=1, mesh="to-none", settings=settings) as mesh,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert outputs(mesh, BODIES) == alone
+        assert "experts: 0 ready" in mesh.scale(Pool.EXPERTS, 0)
+        waiting = pool.submit(outputs, mesh, BODIES)
+        mesh.scale(Pool.EXPERTS, 1)
+        assert waiting.result(120) == alone
 
 
 def placement_of(mesh: RunningMesh) -> Placement:

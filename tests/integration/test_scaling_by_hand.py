@@ -36,15 +36,6 @@ def mesh() -> Iterator[RunningMesh]:
         yield running
 
 
-def scale(mesh: RunningMesh, pool: Pool, count: int, dry_run: bool = False) -> str:
-    """What a person sees once it is done."""
-    out = Console(file=io.StringIO(), width=160)
-    request = Scale(pool=pool, count=count, dry_run=dry_run)
-    mesh.call(ask(mesh.mesh.nats_url, mesh.mesh.options.mesh, request, out, 0.0 if dry_run else LIMIT_S))
-    assert isinstance(out.file, io.StringIO)
-    return out.file.getvalue()
-
-
 def has_processes(mesh: RunningMesh, *names: str) -> bool:
     """Whether those of the pools are these, in time: one that has said goodbye may take a while to end."""
     give_up = time.monotonic() + LIMIT_S
@@ -62,37 +53,37 @@ def seen(mesh: RunningMesh) -> dict[str, Any]:
 
 def test_both_pools_grow_shrink_and_go_to_none_under_streams_without_a_failure_or_another_byte(mesh: RunningMesh):
     expected = mesh.complete(**BODY)["choices"][0]["text"]
-    assert "local starts 1" in scale(mesh, Pool.EXPERTS, 2, dry_run=True)
+    assert "local starts 1" in mesh.scale(Pool.EXPERTS, 2, dry_run=True)
     assert has_processes(mesh, "attention-0", "experts-0")
     with traffic(mesh.url, BODY, 3) as streams:
-        assert "experts: 2 ready" in scale(mesh, Pool.EXPERTS, 2)
+        assert "experts: 2 ready" in mesh.scale(Pool.EXPERTS, 2)
         streams.until_more(streams.finished)
-        shown = scale(mesh, Pool.EXPERTS, 0)
+        shown = mesh.scale(Pool.EXPERTS, 0)
         assert "local drains 2" in shown
         assert "requests wait" in shown
         assert has_processes(mesh, "attention-0")
-        scale(mesh, Pool.EXPERTS, 1)
+        mesh.scale(Pool.EXPERTS, 1)
         streams.until_more(streams.finished)
-        scale(mesh, Pool.ATTENTION, 2)
+        mesh.scale(Pool.ATTENTION, 2)
         streams.until_more(streams.finished)
         assert has_processes(mesh, "attention-0", "attention-1", "experts-0")
-        scale(mesh, Pool.ATTENTION, 1)
+        mesh.scale(Pool.ATTENTION, 1)
         streams.until_more(streams.finished)
         assert streams.end() == {expected}
     assert has_processes(mesh, "attention-0", "experts-0")
-    assert "nothing to do" in scale(mesh, Pool.ATTENTION, 1)
+    assert "nothing to do" in mesh.scale(Pool.ATTENTION, 1)
     assert mesh.metrics_of("scheduler-0")('moemesh_pool_changes_total{outcome="made",pool="experts"}') == 3
 
 
 def test_what_is_desired_survives_a_scheduler_that_is_killed(mesh: RunningMesh):
-    scale(mesh, Pool.EXPERTS, 2)
+    mesh.scale(Pool.EXPERTS, 2)
     mesh.kill("scheduler-0")
     mesh.call(mesh.mesh.scale("experts", 1))
     assert has_processes(mesh, "attention-0", "experts-0")
     mesh.call(reached(mesh, Pool.EXPERTS, 2))
     assert has_processes(mesh, "attention-0", "experts-0", "experts-1")
     assert seen(mesh)["pools"]["experts"] == {"desired": 2, "ready": 2, "problem": ""}
-    scale(mesh, Pool.EXPERTS, 1)
+    mesh.scale(Pool.EXPERTS, 1)
 
 
 async def reached(mesh: RunningMesh, pool: Pool, count: int) -> None:
@@ -108,7 +99,7 @@ def test_an_actuator_that_refuses_leaves_everything_as_it_was_and_status_says_wh
     with running_mesh(attention=1, experts=1, mesh="scale-refused", settings=settings) as mesh:
         before = {name: child.process for name, child in mesh.mesh.children.items()}
         with pytest.raises(NotScaled, match=r"experts: 2 wanted, attempt 1 failed: .*there is no /nowhere/docker.sock"):
-            scale(mesh, Pool.EXPERTS, 2)
+            mesh.scale(Pool.EXPERTS, 2)
         report = seen(mesh)
         assert report["pools"]["experts"]["desired"] == 2
         assert report["pools"]["experts"]["ready"] == 1
@@ -117,7 +108,7 @@ def test_an_actuator_that_refuses_leaves_everything_as_it_was_and_status_says_wh
         assert "there is no /nowhere/docker.sock" in detail
         assert {name: child.process for name, child in mesh.mesh.children.items()} == before
         assert mesh.complete(**BODY)["choices"]
-        assert "experts: 1 ready" in scale(mesh, Pool.EXPERTS, 1)
+        assert "experts: 1 ready" in mesh.scale(Pool.EXPERTS, 1)
         assert seen(mesh)["pools"]["experts"]["problem"] == ""
 
 
