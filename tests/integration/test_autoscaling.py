@@ -15,7 +15,7 @@ from rich.console import Console
 
 from shared.cli.client import stream_completion
 from shared.cli.scale import ask
-from shared.cli.status import describe, look
+from shared.cli.status import describe, look, print_report
 from shared.messages import Pool
 from shared.models.source import open_source
 from shared.pool_messages import Scale
@@ -123,6 +123,10 @@ def test_only_observing_changes_nothing_and_says_what_it_would_do(settings: dict
             report = until(mesh, lambda report: "would change" in report["autoscaling"]["doing"])
         assert report["autoscaling"]["sizes"]["experts"] > 1
         assert report["pools"] == {}
+        shown = io.StringIO()
+        print_report(report, Console(file=shown, width=200))
+        assert "autoscaling observe: " in shown.getvalue()
+        assert "would change experts 1 -> " in shown.getvalue()
         load.texts()
         assert sorted(mesh.mesh.children) == ["attention-0", "experts-0", "gateway-0", "scheduler-0"]
 

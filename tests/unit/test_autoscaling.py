@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.scheduler.autoscale_settings import Profile
 from services.scheduler.autoscaling import (
     A,
     E,
@@ -21,11 +22,13 @@ from services.scheduler.autoscaling import (
     seats,
     target,
 )
+from services.scheduler.planner import CannotHold, Planner
 from services.scheduler.traffic import Traffic
 from shared.messages import AttentionFacts
 from shared.planning.deciding import Unservable, moving_quantile, nearest
+from shared.planning.routing import synthetic
 from shared.planning.setting import Demand
-from tests.unit.autoscale_cases import planner, rules, served, steady_traffic
+from tests.unit.autoscale_cases import fitted, planner, rules, served, steady_traffic
 
 ONE: Sizes = {A: 1, E: 1}
 
@@ -166,3 +169,8 @@ def test_sizes_that_were_too_slow_are_not_gone_back_to_because_others_are_as_fas
     assert needed(seen, rules(), planner(), {(1, 1): 3.0, (1, 2): 1.0}).sizes == {A: 1, E: 2}
     forgiven = corrected({(1, 1): 3.0, (1, 2): 1.0}, seen, planner())
     assert 1.0 < forgiven[1, 1] < 3.0
+
+
+def test_slots_that_cannot_hold_the_model_in_as_many_instances_as_were_profiled_are_said() -> None:
+    with pytest.raises(CannotHold, match="3 expert instances with 10 slots per layer cannot hold 32 experts"):
+        Planner(Profile(fitted(), synthetic(32, 4, 0.6), ""), 10, rules())

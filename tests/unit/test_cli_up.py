@@ -23,3 +23,9 @@ def test_a_monolith_with_expert_instances_is_refused_by_name() -> None:
     assert result.exit_code == 2
     assert "--experts" in result.output
     assert "monolith" in result.output
+
+
+def test_a_monolith_that_is_to_be_sized_by_demand_is_refused_by_name() -> None:
+    result = CliRunner().invoke(build_app(), ["up", "--monolith", "--autoscale", "on"])
+    assert result.exit_code == 2
+    assert "--autoscale" in result.output

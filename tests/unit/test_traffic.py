@@ -7,6 +7,7 @@ from services.gateway.metrics import GatewayMetrics, Timing
 from services.gateway.requests import Job
 from services.gateway.tally import Tally
 from services.scheduler.traffic import SILENT_S, Traffic
+from shared.errors import BadMessage
 from shared.load_messages import Served
 from shared.request_messages import SamplingParams
 from tests.unit.autoscale_cases import served, waits
@@ -86,3 +87,10 @@ def test_a_gateway_tells_what_came_what_was_sent_and_what_is_open() -> None:
     timing.end()  # the other choice had no token yet
     second = tally.take("g", 1)
     assert (second.arrived, second.output_tokens, second.ended, second.ended_tokens, second.open) == (0, 0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"counts": (1, 2)}, {"seconds": float("inf")}, {"seconds": -1.0}])
+def test_a_report_whose_times_are_no_histogram_is_refused(wrong: dict[str, object]) -> None:
+    damaged = served().model_copy(update={"inter": waits().model_copy(update=wrong)})
+    with pytest.raises(BadMessage):
+        Served.decode(damaged.encode())
