@@ -19,7 +19,7 @@ from common import Bar, median, report
 
 from shared.cli.owned import owned_directory
 from shared.cli.profile import show, tables_of
-from shared.cli.profiling import Shape, measure, with_a_max
+from shared.cli.profiling import PACED, Effort, Shape, measure, with_a_max
 from shared.models.source import open_source
 from shared.planning.fit import fit
 from shared.planning.here import predicted
@@ -37,6 +37,7 @@ class Set:
     meshes: tuple[Mesh, ...]
     fitted: tuple[Work, ...]
     held_out: tuple[Work, ...]
+    effort: Effort
     pace: str = ""
 
     def shapes(self) -> list[Shape]:
@@ -48,13 +49,15 @@ class Set:
 SETS = {
     "unpaced": Set(
         ((1, 1), (1, 2)),
-        ((1, 64), (2, 64), (4, 64), (8, 64), (16, 64), (32, 64), (1, 384), (8, 320)),
-        ((1, 250), (3, 100), (6, 240), (12, 64), (12, 150), (24, 100)),
+        ((1, 64), (2, 64), (4, 64), (8, 64), (16, 64), (32, 64), (8, 320)),
+        ((1, 250), (3, 100), (6, 240), (12, 100), (24, 64)),
+        Effort(output=64),
     ),
     "paced": Set(
-        ((1, 1), (1, 4), (2, 4), (4, 4), (4, 8)),
+        ((1, 1), (1, 4), (2, 4), (4, 8)),
         ((4, 64), (16, 64), (48, 64), (8, 192), (32, 192)),
         ((6, 100), (12, 150), (24, 64), (40, 128)),
+        PACED,
         pace="synthetic-10ms",
     ),
 }
@@ -64,7 +67,8 @@ async def run(model: str, chosen: Set, trace: Path) -> tuple[dict[str, Any], lis
     """What was measured and predicted, and the errors for what was held out, as shares."""
     source = open_source(model)
     sizes = sizes_of(source.spec, source.name)
-    measured = await measure(model, chosen.shapes(), source.spec.vocab_size, trace, chosen.pace)
+    vocab = source.spec.vocab_size
+    measured = await measure(model, chosen.shapes(), chosen.effort, vocab, trace, chosen.pace)
     tables = tables_of(trace, sizes, measured)
     points = with_a_max(measured, tables)
     seen, held = ([p for p in points if (p.batch, int(p.context)) in work] for work in (chosen.fitted, chosen.held_out))

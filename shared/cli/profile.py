@@ -22,11 +22,11 @@ def profile(
     attention: Annotated[str, typer.Option(help="numbers of attention instances")] = "1",
     experts: Annotated[str, typer.Option(help="numbers of expert instances")] = "1,2",
     batch: Annotated[str, typer.Option(help="numbers of sequences in a mesh")] = "1,2,4,8,16,32",
-    context: Annotated[str, typer.Option(help="positions that tokens attend to")] = "64,512",
+    context: Annotated[str, typer.Option(help="positions that tokens attend to")] = "64,384",
     pace: Annotated[str, typer.Option(help="device profile, by name or file, whose times instances keep")] = "",
 ) -> None:
     """Fit the time of a step on the live mesh, and say how well the fit predicts what it was made from."""
-    from shared.cli.profiling import Shape, measure, with_a_max
+    from shared.cli.profiling import PACED, Effort, Shape, measure, with_a_max
     from shared.device_profile import load_profile
     from shared.errors import ConfigError
     from shared.models.source import open_source
@@ -43,7 +43,8 @@ def profile(
     given = {"--attention": attention, "--experts": experts, "--batch": batch, "--context": context}
     every = [Shape(*shape) for shape in product(*(numbers(name, text) for name, text in given.items()))]
     shapes = [shape for shape in every if shape.batch >= shape.attention]  # else some would be idle
-    measured = asyncio.run(measure(model, shapes, source.spec.vocab_size, trace, pace))
+    effort = PACED if pace else Effort()
+    measured = asyncio.run(measure(model, shapes, effort, source.spec.vocab_size, trace, pace))
     sizes = sizes_of(source.spec, source.name)
     tables = tables_of(trace, sizes, measured)
     points = with_a_max(measured, tables)

@@ -56,7 +56,7 @@ PACED = Effort(output=48, repeats=1)
 
 
 async def measure(
-    model: str, shapes: Sequence[Shape], vocab: int, trace: Path | None = None, pace: str = ""
+    model: str, shapes: Sequence[Shape], effort: Effort, vocab: int, trace: Path | None = None, pace: str = ""
 ) -> list[Point]:
     """The median of the repeats for every shape, by meshes. Shapes take turns, so that what the machine does meanwhile
     does not look like a difference between them.
@@ -68,7 +68,7 @@ async def measure(
     Raises:
         NotMeasured: a batch did not decode long enough together.
     """
-    points, effort = [], PACED if pace else Effort()
+    points = []
     for attention, experts in sorted({(shape.attention, shape.experts) for shape in shapes}):
         mine = [shape for shape in shapes if (shape.attention, shape.experts) == (attention, experts)]
         options = MeshOptions(model, attention, experts, port=0, mesh=MESH, settings={**SETTINGS, "pace": pace})
