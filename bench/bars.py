@@ -1,6 +1,6 @@
 """Run every bench that has bars and print one table; exits 1 when a bar does not hold.
 
-Needs about half an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments
+Needs about an hour and nothing else running. The benches' checkpoint is made in a temporary directory. Arguments
 go to peers.py, which measures only the servers that it is given: --vllm PYTHON, --llama-server BINARY --gguf FILE;
 but for --heldout DIR, the text for predictor.py and elastic.py, and what stands behind --replay, which goes to
 replay.py: they measure nothing without held-out text and traces.
@@ -23,7 +23,7 @@ SCRIPTS = (
     "decode.py", "limit.py", "groups.py", "ablation.py", "prefill.py", "pauses.py", "monolith.py", "ping_pong.py",
     "idle.py", "memory.py", "switch.py", "predicted.py",
 )  # fmt: skip
-PURE = ("activation.py", "planning.py", "rebalance.py", "simulation.py")
+PURE = ("activation.py", "autoscale.py", "planning.py", "rebalance.py", "simulation.py")
 """Those that need no model, or bring their own."""
 AS_ROOT = ("exchange.py",)
 """Those that make simulated nodes; left out where they cannot."""
