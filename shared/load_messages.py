@@ -9,8 +9,8 @@ from shared.messages import U64, Count, Message
 WAIT_EDGES = tuple(1e-4 * 1.25**step for step in range(64))
 """Seconds: from 0.1 ms to two minutes, each a quarter more than the one before."""
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Waited = Annotated[int, Field(ge=0, lt=1 << 32)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Counted = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Activated(Message):
@@ -49,7 +49,7 @@ class Foreseen(Message):
 class Waits(Message):
     """Times as a histogram with the edges WAIT_EDGES, and their sum."""
 
-    counts: Annotated[tuple[Waited, ...], Field(min_length=len(WAIT_EDGES) + 1, max_length=len(WAIT_EDGES) + 1)]
+    counts: Annotated[tuple[Counted, ...], Field(min_length=len(WAIT_EDGES) + 1, max_length=len(WAIT_EDGES) + 1)]
     """At or below each edge and above the one before; the last: above all of them."""
     seconds: Seconds
 
@@ -64,17 +64,17 @@ class Served(Message):
     incarnation: U64
     seconds: Seconds
     """That this covers."""
-    arrived: U64
+    arrived: Counted
     """Requests,"""
-    prompt_tokens: U64
+    prompt_tokens: Counted
     """and tokens of their prompts."""
-    output_tokens: U64
+    output_tokens: Counted
     """Sent."""
-    ended: U64
-    """Requests, for whatever reason,"""
-    ended_tokens: U64
+    ended: Counted
+    """Requests that got a token, for whatever reason,"""
+    ended_tokens: Counted
     """and all tokens of their outputs."""
-    open: U64
+    open: Counted
     """Requests at this moment."""
     inter: Waits
     """Between two tokens of a request."""

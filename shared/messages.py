@@ -18,7 +18,7 @@ from shared.scheduling.policies import Policy
 MAX_EXPERT_INSTANCES = 64  # the live mask is one 64-bit word
 U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Message(BaseModel):

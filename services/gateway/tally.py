@@ -41,9 +41,9 @@ class Tally:
         self._inter.observe(wait_s, tokens)
 
     def end(self, tokens: int) -> None:
-        """A request is over, with so many tokens."""
+        """A request is over, with so many tokens; one without any was refused, and says nothing of lengths."""
         self.open -= 1
-        self._ended += 1
+        self._ended += tokens > 0
         self._ended_tokens += tokens
 
     def take(self, gateway: str, incarnation: int) -> Served:

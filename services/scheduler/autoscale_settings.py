@@ -72,6 +72,7 @@ def check_autoscaling(config: SchedulerConfig) -> None:
     """Raises ConfigError for settings out of range, or that are missing."""
     if config.autoscale == "on" and config.actuator == "none":
         raise ConfigError("--autoscale", "nobody starts and stops instances here: set --actuator, or only observe")
+    check_amounts(config)
     if config.slo_tpot_ms <= 0:
         raise ConfigError("--slo-tpot-ms", f"{config.slo_tpot_ms:g}: autoscaling needs the time that a token may take")
     if config.autoscale_min_attention < 1:
@@ -79,7 +80,13 @@ def check_autoscaling(config: SchedulerConfig) -> None:
     if config.autoscale_window_s < LEAST_WINDOW_S:
         window = f"{config.autoscale_window_s:g} s: gateways report once a second, so at least {LEAST_WINDOW_S:g}"
         raise ConfigError("--autoscale-window-s", window)
-    others = "min_experts", "max_attention", "max_experts", "cooldown_s", "idle_s"
-    for name in ("slo_ttft_ms", *(f"autoscale_{other}" for other in others)):
-        if (value := getattr(config, name)) < 0:
-            raise ConfigError("--" + name.replace("_", "-"), f"{value:g} is below 0")
+    if config.autoscale_min_experts == 0 and config.autoscale_idle_s < config.autoscale_window_s:
+        raise ConfigError("--autoscale-idle-s", f"{config.autoscale_idle_s:g} s is less than --autoscale-window-s")
+
+
+def check_amounts(config: SchedulerConfig) -> None:
+    """Raises ConfigError for what is negative or no number."""
+    others = "min_experts", "max_attention", "max_experts", "window_s", "cooldown_s", "idle_s"
+    for name in ("slo_tpot_ms", "slo_ttft_ms", *(f"autoscale_{other}" for other in others)):
+        if not 0 <= (value := getattr(config, name)) < np.inf:
+            raise ConfigError("--" + name.replace("_", "-"), f"{value:g} is below 0, or no number")

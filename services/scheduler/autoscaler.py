@@ -38,7 +38,7 @@ from shared.lifecycle import Instance
 from shared.load_messages import Served
 from shared.messages import AutoscaleFacts, Kind, Pool
 from shared.metrics import Sample, sample
-from shared.planning.deciding import WINDOWS, Unservable, moving_quantile
+from shared.planning.deciding import WINDOWS, moving_quantile
 
 LOOK_S = 1.0
 SETTLE_S = 2.0
@@ -112,10 +112,18 @@ class Autoscaler:
     async def _run(self) -> None:
         while not self._stopping:
             await asyncio.sleep(LOOK_S)
+            if not self._instance.bus.connected:
+                self._forget()
+                continue
             try:
-                await self._look(await self._planned_with(), time.monotonic())
-            except (CannotHold, Unservable, Refused) as error:
+                await self._look()
+            except (CannotHold, Refused) as error:
                 self._say(doing=str(error))
+
+    def _forget(self) -> None:
+        """What is not heard is not known: silence does not mean that nobody asks."""
+        self._traffic = Traffic(WINDOWS * self._rules.window_s, time.monotonic())
+        self._needs.clear()
 
     async def _planned_with(self) -> Planner:
         """The planner for the slots that expert instances have; its tables are made in the background.
@@ -134,17 +142,18 @@ class Autoscaler:
             return self._planner.slots if self._planner else self._profile.fitted.sizes.experts
         return room(ready, model)
 
-    async def _look(self, planner: Planner, now: float) -> None:
-        """See, plan, and change what should be changed, if we lead. Raises Unservable, Refused."""
-        look, rules = self._seen(now), self._rules
-        hold = self._hold()
-        if hold:
-            self._steady_since = now + SETTLE_S
+    async def _look(self) -> None:
+        """See, plan, and change what should be changed, if we lead. Raises CannotHold, Refused."""
+        look, rules, hold, missing = self._seen(time.monotonic()), self._rules, self._hold(), self._missing()
+        self._tell(look)
+        planner = await self._planned_with()
+        if hold or missing:
+            self._steady_since = look.now + SETTLE_S
         else:
             self._offs = corrected(self._offs, look, planner)
-        self._tell(look)
         need = needed(look, rules, planner, self._offs)
-        more = None if hold or any(need.sizes[p] > look.sizes[p] for p in Pool) else pressed(look, rules, planner)
+        grows = any(need.sizes[pool] > look.sizes[pool] for pool in Pool)
+        more = None if hold or missing or grows else pressed(look, rules, planner)
         need = more or need
         self._needs = remembered(self._needs, need, rules.cooldown_s)
         wanted = target(self._needs, look.sizes, rules.cooldown_s)
@@ -180,8 +189,17 @@ class Autoscaler:
             return "the profile is of another model than the mesh serves: give the scheduler its --model and --profile"
         if self._reconciler.state in ("changing", "settling", "cut off"):
             return f"the placement is {self._reconciler.state}"
-        wishes, now = (self._pools.desired.wishes if self._pools.desired else {}), time.time()
+        if self._pools.desired is None:
+            return "what sizes are desired is not known yet"
+        wishes, now, there = self._pools.desired.wishes, time.time(), present(members)
+        if waited := [pool for pool in Pool if not there[pool] and pool not in wishes]:
+            return f"{', '.join(waited)}: waits for the first instance"
         return unfinished(wishes, members, now) or by_hand(wishes, self._rules.cooldown_s, now)
+
+    def _missing(self) -> bool:
+        """Whether there are fewer instances than are desired, so that times say nothing of these sizes."""
+        desired, there = self._pools.desired, present(self._instance.members.all())
+        return bool(desired) and any(there[pool] < count for pool, count in desired.counts.items())
 
     # ---- what is shown ----------------------------------------------------------------------------------
 
@@ -195,9 +213,8 @@ class Autoscaler:
         self._facts = self._facts.model_copy(update=seen)
 
     def _say(self, doing: str, need: Need | None = None) -> None:
-        said = {"doing": doing}
-        if need:
-            said |= {"sizes": dict(need.sizes), "why": need.why, "planned_tpot_s": need.tpot_s}
+        sizes, why, tpot_s = (dict(need.sizes), need.why, need.tpot_s) if need else ({}, "", 0.0)
+        said = {"doing": doing, "sizes": sizes, "why": why, "planned_tpot_s": tpot_s}
         if doing != self._facts.doing and not self._acts and need:
             log.info("%s (%s)", doing, need.why)
         self._facts = self._facts.model_copy(update=said)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from services.scheduler.traffic import Observed
 from shared.messages import AttentionFacts, Pool
-from shared.planning.deciding import HEADROOM, LEAST_RATE, nearest
+from shared.planning.deciding import HEADROOM, LEAST_RATE, Unservable, nearest
 from shared.planning.here import Choice
 from shared.planning.setting import Demand, Slo
 
@@ -81,8 +81,15 @@ class Look:
 
     @property
     def demand(self) -> Demand:
-        """What is expected."""
-        return Demand(max(LEAST_RATE, HEADROOM * self.rate), self.lately.prompt, self.lately.output)
+        """What is expected: no fewer tokens than are sent now."""
+        lately = self.lately
+        rate = max(LEAST_RATE, HEADROOM * self.rate, lately.tokens_per_s / lately.output)
+        return Demand(rate, lately.prompt, lately.output)
+
+    @property
+    def quiet(self) -> bool:
+        """Nobody asks, and nobody waits."""
+        return not (self.rate or self.lately.open)
 
 
 @dataclass(frozen=True)
@@ -97,18 +104,23 @@ class Need:
 
 
 def needed(look: Look, rules: Rules, model: Model, offs: Offs) -> Need:
-    """Sizes for what is expected. Raises Unservable."""
-    if rules.least[E] == 0 and look.idle_s >= rules.idle_s:
-        return Need(look.now, rules.within({A: 1, E: 0}), f"nobody has asked for {rules.idle_s:g} s")
-    if not (look.rate or look.lately.open):
+    """Sizes for what is expected; those that there are, with experts at least, where no size keeps the limits."""
+    none = rules.least[E] == 0 and (look.idle_s >= rules.idle_s or look.sizes[E] == 0)
+    if look.quiet and none:
+        return Need(look.now, rules.within({A: 1, E: 0}), f"nobody has asked for {look.idle_s:.0f} s")
+    if look.quiet:
         return Need(look.now, rules.within({A: 1, E: max(1, model.fewest)}), "nobody asks")
     off = offs.get(_key(look.sizes), 1.0)
-    need = _planned(look, rules, model, off)
-    known = offs.get(_key(need.sizes), off)
-    return _planned(look, rules, model, known) if known > off else need
+    try:
+        need = _planned(look, rules, model, off)
+        known = offs.get(_key(need.sizes), off)
+        return _planned(look, rules, model, known) if known > off else need
+    except Unservable as error:
+        return Need(look.now, rules.within({**look.sizes, E: max(look.sizes[E], 1, model.fewest)}), str(error))
 
 
 def _planned(look: Look, rules: Rules, model: Model, off: float) -> Need:
+    """Raises Unservable."""
     demand = look.demand
     slo = replace(rules.slo, tpot_s=rules.slo.tpot_s * AIM / off)
 
@@ -156,7 +168,9 @@ def corrected(offs: Offs, look: Look, model: Model) -> Offs:
     mine = _key(look.sizes)
     before = offs.get(mine, max(offs.values(), default=1.0))
     measured = look.steady.inter
-    if measured.count < ENOUGH or not look.sizes[E]:
+    if not (look.sizes[A] and look.sizes[E]):
+        return offs
+    if measured.count < ENOUGH:
         return {**offs, mine: before}
     now = measured.mean / model.tpot(look.sizes, decoding(look.steady), look.demand)
     after = before + GAIN * (min(max(now, LEAST_OFF), MOST_OFF) - before)

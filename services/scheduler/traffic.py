@@ -68,6 +68,8 @@ class Observed:
     """Between two tokens of a request."""
     first: Times
     """From a request's arrival to its first token."""
+    known_prompt: float = 1.0
+    """Mean tokens of the latest prompts, however long ago they came."""
 
     @property
     def rate(self) -> float:
@@ -81,13 +83,18 @@ class Observed:
     @property
     def prompt(self) -> float:
         """Mean tokens of a prompt; at least 1."""
-        return max(1.0, self.prompt_tokens / max(1, self.arrived))
+        return max(1.0, self.prompt_tokens / self.arrived if self.arrived else self.known_prompt)
 
     @property
     def output(self) -> float:
         """Mean tokens of an output, as far as it is known: of those that have ended, else what was sent for each."""
-        ended, tokens = (self.ended, self.ended_tokens) if self.ended else (self.arrived, self.output_tokens)
-        return max(1.0, tokens / max(1, ended))
+        each, tokens = (self.ended, self.ended_tokens) if self.ended else (self._there, self.output_tokens)
+        return max(1.0, tokens / max(1, each))
+
+    @property
+    def _there(self) -> int:
+        """Requests that tokens were sent for, at least."""
+        return max(self.arrived, self.open)
 
 
 @dataclass
@@ -111,6 +118,7 @@ class Traffic:
         self._keep_s = keep_s
         self._since = now
         self._busy_at = now
+        self._prompt = 1.0
         self._reports: deque[tuple[float, Served]] = deque()
         self._gateways: dict[str, _Gateway] = {}
 
@@ -124,9 +132,13 @@ class Traffic:
         known.incarnation, known.at, known.open = message.incarnation, now, message.open
         if message.arrived or message.open:
             self._busy_at = now
+        if message.arrived:
+            self._prompt = message.prompt_tokens / message.arrived
         self._reports.append((now, message))
         while now - self._reports[0][0] > self._keep_s:
             self._reports.popleft()
+        for gone in [id for id, g in self._gateways.items() if now - g.at > max(SILENT_S, self._keep_s)]:
+            del self._gateways[gone]
 
     def idle_s(self, now: float) -> float:
         """For so long no request has come and none was open."""
@@ -154,6 +166,7 @@ class Traffic:
             open=sum(g.open for g in self._gateways.values() if now - g.at < SILENT_S),
             inter=Times.of([report.inter for report in reports]),
             first=Times.of([report.first for report in reports]),
+            known_prompt=self._prompt,
         )
 
     def rates(self, window_s: float, count: int, now: float) -> Floats:

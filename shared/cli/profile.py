@@ -1,8 +1,9 @@
 """``moemesh profile``: measures meshes on this machine and fits the coefficients of the performance model to them."""
 
 import asyncio
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import product, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from shared.planning.amax import Amax
     from shared.planning.fit import Point
     from shared.planning.sizes import Sizes
+
+MOST_NUMBERS = 12
+"""Of either pool, batch or context: fits try all subsets of what may cost time."""
 
 
 def profile(
@@ -41,16 +45,33 @@ def profile(
         if path.exists():
             raise ConfigError("--out", f"{path} is there already")
     given = {"--attention": attention, "--experts": experts, "--batch": batch, "--context": context}
-    every = [Shape(*shape) for shape in product(*(numbers(name, text) for name, text in given.items()))]
-    shapes = [shape for shape in every if shape.batch >= shape.attention]  # else some would be idle
+    lists = {name: numbers(name, text) for name, text in given.items()}
+    shapes = [shape for shape in starmap(Shape, product(*lists.values())) if shape.batch >= shape.attention]
+    check_enough(len(shapes), lists)
     effort = PACED if pace else Effort()
-    measured = asyncio.run(measure(model, shapes, effort, source.spec.vocab_size, trace, pace))
+    with ExitStack() as undo:
+        undo.callback(trace.unlink, missing_ok=True)  # it would be in the way of the next try
+        measured = asyncio.run(measure(model, shapes, effort, source.spec.vocab_size, trace, pace))
+        undo.pop_all()
     sizes = sizes_of(source.spec, source.name)
     tables = tables_of(trace, sizes, measured)
     points = with_a_max(measured, tables)
     fitted = fit(points, sizes, paced)
     save_fitted(out, fitted, points, source.digest)
     show(points, predicted(fitted, tables, points))
+
+
+def check_enough(shapes: int, lists: Mapping[str, Sequence[int]]) -> None:
+    """Before hours are spent. Raises ConfigError."""
+    from shared.errors import ConfigError
+    from shared.planning.fit import LEAST_POINTS
+
+    if shapes < LEAST_POINTS:
+        few = f"{shapes} batches of at least one sequence for each attention instance: a fit takes {LEAST_POINTS}"
+        raise ConfigError("--batch", f"{few}; give more numbers of sequences, contexts or instances")
+    for name, given in lists.items():
+        if len(given) > MOST_NUMBERS:
+            raise ConfigError(name, f"{len(given)} numbers: at most {MOST_NUMBERS}")
 
 
 def numbers(name: str, text: str) -> list[int]:

@@ -41,7 +41,7 @@ def up(
     """Start a whole mesh here; prints "ready URL" when it serves. Ctrl-C drains and stops it."""
     if monolith and experts:
         raise typer.BadParameter("a monolith has no expert instances", param_hint="--experts")
-    if monolith and autoscale:
+    if monolith and autoscale not in ("", "off"):
         raise typer.BadParameter("a monolith has no scheduler that could size it", param_hint="--autoscale")
     given = {
         "served_model_name": served_model_name,

@@ -1,5 +1,6 @@
 """What is decided first, from window to window: which rate to expect, and for how much of it there is a plan. Pure."""
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,11 +27,20 @@ class Unservable(MoemeshError):
 
 
 def nearest(choose: Callable[[float], P | None], rate: float) -> P:
-    """The plan for a rate, or for the highest one below that can be served. Raises Unservable."""
-    while (plan := choose(rate)) is None:
-        if rate < LEAST_RATE:
-            raise Unservable
-        rate *= LESS
+    """The plan for a rate, or for the highest of the next lower ones that can be served. Raises Unservable.
+
+    Whatever can be served can be at lower rates too, so that few of them need be tried.
+    """
+    if (plan := choose(rate)) is not None:
+        return plan
+    most = max(1, math.ceil(math.log(LEAST_RATE / rate) / math.log(LESS)))
+    if (plan := choose(rate * LESS**most)) is None:
+        raise Unservable
+    least = 0
+    while most - least > 1:
+        middle = (least + most) // 2
+        found = choose(rate * LESS**middle)
+        plan, least, most = (plan, middle, most) if found is None else (found, least, middle)
     return plan
 
 

@@ -35,8 +35,9 @@ def load_fitted(path: Path, digest: str) -> tuple[Fitted, list[Point]]:
         coefficients = found["fitted"] | {"exchange": Measured(**found["fitted"]["exchange"])}
         fitted = TypeAdapter(Fitted).validate_python(coefficients)
         points = TypeAdapter(list[Point]).validate_python(found["points"])
+        of, model = str(found["digest"]), str(found["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadProfile(f"{path}: no profile of `moemesh profile` ({error})") from error
-    if found["digest"] != digest:
-        raise BadProfile(f"{path}: fitted to {found['model']}, another model: run `moemesh profile` for this one")
+    if of != digest:
+        raise BadProfile(f"{path}: fitted to {model}, another model: run `moemesh profile` for this one")
     return fitted, points

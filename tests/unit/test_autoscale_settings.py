@@ -47,6 +47,9 @@ def test_off_asks_for_nothing() -> None:
         ({"profile": ""}, "--profile: .*moemesh profile --out"),
         ({"profile": "/nowhere/fitted.json"}, "--profile: /nowhere/fitted.json"),
         ({"autoscale_min_attention": 0}, "--autoscale-min-attention: 0 is below 1"),
+        ({"slo_tpot_ms": float("nan")}, "--slo-tpot-ms: nan"),
+        ({"autoscale_window_s": float("inf")}, "--autoscale-window-s: inf"),
+        ({"autoscale_min_experts": 0, "autoscale_idle_s": 0.0}, "--autoscale-idle-s: 0 s is less"),
         ({"autoscale_min_experts": -1}, "--autoscale-min-experts"),
         ({"autoscale_max_experts": 4}, "--autoscale-max-experts: 4 instances, but .* 3 at most"),
         (

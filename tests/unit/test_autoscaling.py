@@ -28,7 +28,7 @@ from shared.messages import AttentionFacts
 from shared.planning.deciding import Unservable, moving_quantile, nearest
 from shared.planning.routing import synthetic
 from shared.planning.setting import Demand
-from tests.unit.autoscale_cases import fitted, planner, rules, served, steady_traffic
+from tests.unit.autoscale_cases import fitted, planner, rules, served, steady_traffic, waits
 
 ONE: Sizes = {A: 1, E: 1}
 
@@ -67,9 +67,37 @@ def test_what_is_more_than_the_pools_may_serve_gets_all_they_may_and_says_so() -
     assert "more than can be served in time" in need.why
 
 
-def test_limits_that_nothing_keeps_are_said() -> None:
-    with pytest.raises(Unservable):
-        needed(look(steady_traffic(1, 10, 0.06), 1.0), rules(tpot_s=1e-3), planner(), {})
+@pytest.mark.parametrize(("there", "kept"), [({A: 2, E: 3}, {A: 2, E: 3}), ({A: 1, E: 0}, ONE)])
+def test_limits_that_nothing_keeps_are_said_and_keep_what_there_is_with_experts_at_least(
+    there: Sizes, kept: Sizes
+) -> None:
+    need = needed(look(steady_traffic(1, 10, 0.06), 1.0, there), rules(0, tpot_s=1e-3), planner(0), {})
+    assert need.sizes == kept
+    assert "no plan serves any rate" in need.why
+
+
+def test_streams_that_neither_begin_nor_end_are_planned_for() -> None:
+    """30 streams of 10 tokens per second each, whose requests came before anything that is remembered."""
+    traffic = Traffic(30.0, 0.0)
+    traffic.add(served(arrived=30, prompt_tokens=30 * 50, open=30), 1.0)
+    for second in range(2, 90):
+        traffic.add(served(output_tokens=300, open=30, inter=waits(300, 0.1)), float(second))
+    seen = look(traffic, 0.0, {A: 3, E: 3}, now=89.0)
+    assert (seen.demand.prompt, seen.demand.rate * seen.demand.output) == (50.0, pytest.approx(300, rel=0.05))
+    alone = planner().tpot(ONE, 30.0, seen.demand)
+    assert alone > rules().slo.tpot_s
+    assert needed(seen, rules(), planner(), {}).sizes != ONE
+
+
+def test_a_pool_without_an_instance_says_nothing_of_times() -> None:
+    offs = {(1, 1): 1.5}
+    for there in ({A: 0, E: 1}, {A: 1, E: 0}):
+        assert corrected(offs, look(steady_traffic(2, 10, 0.1), 2.0, there), planner()) == offs
+
+
+def test_a_pool_at_none_stays_there_until_somebody_asks() -> None:
+    quiet = look(Traffic(30.0, 0.0), 0.0, {A: 1, E: 0}, now=1.0)
+    assert needed(quiet, rules(0), planner(0), {}).sizes[E] == 0
 
 
 def test_sequences_that_find_no_seat_need_more_attention_instances() -> None:
@@ -154,6 +182,14 @@ def test_a_rate_that_cannot_be_served_gets_the_plan_for_the_most_that_can() -> N
     assert nearest(lambda rate: rate if rate <= 5 else None, 10.0) == pytest.approx(4.78, abs=0.01)
     with pytest.raises(Unservable):
         nearest(lambda rate: None, 10.0)
+
+
+def test_few_rates_are_tried_for_it() -> None:
+    tried: list[float] = []
+    assert nearest(lambda rate: tried.append(rate) or (rate if rate <= 0.01 else None), 1000.0) == pytest.approx(
+        0.00955, rel=0.05
+    )
+    assert len(tried) <= 10
 
 
 def test_the_next_rate_is_a_quantile_of_the_last_few() -> None:

@@ -86,7 +86,7 @@ def test_a_gateway_tells_what_came_what_was_sent_and_what_is_open() -> None:
     assert (sum(first.first.counts), sum(first.inter.counts)) == (1, 2)
     timing.end()  # the other choice had no token yet
     second = tally.take("g", 1)
-    assert (second.arrived, second.output_tokens, second.ended, second.ended_tokens, second.open) == (0, 0, 1, 0, 0)
+    assert (second.arrived, second.output_tokens, second.ended, second.ended_tokens, second.open) == (0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("wrong", [{"counts": (1, 2)}, {"seconds": float("inf")}, {"seconds": -1.0}])
@@ -94,3 +94,9 @@ def test_a_report_whose_times_are_no_histogram_is_refused(wrong: dict[str, objec
     damaged = served().model_copy(update={"inter": waits().model_copy(update=wrong)})
     with pytest.raises(BadMessage):
         Served.decode(damaged.encode())
+
+
+@pytest.mark.parametrize("facts", [{"open": 1 << 40}, {"arrived": -1}, {"seconds": 1e300}, {"seconds": float("nan")}])
+def test_a_report_beyond_all_bounds_is_no_report(facts: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(facts))):
+        served(**facts)
