@@ -118,6 +118,7 @@ class Autoscaler:
             try:
                 await self._look()
             except (CannotHold, Refused) as error:
+                self._needs.clear()  # nobody knows what would have been needed meanwhile
                 self._say(doing=str(error))
 
     def _forget(self) -> None:
