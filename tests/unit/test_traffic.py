@@ -99,4 +99,4 @@ def test_a_report_whose_times_are_no_histogram_is_refused(wrong: dict[str, objec
 @pytest.mark.parametrize("facts", [{"open": 1 << 40}, {"arrived": -1}, {"seconds": 1e300}, {"seconds": float("nan")}])
 def test_a_report_beyond_all_bounds_is_no_report(facts: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(facts))):
-        served(**facts)
+        Served.model_validate(served().model_dump() | facts)
