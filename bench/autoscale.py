@@ -28,7 +28,7 @@ from shared.bus import Bus
 from shared.cli.mesh import LocalMesh, MeshOptions
 from shared.cli.owned import owned_directory
 from shared.cli.profile import tables_of
-from shared.cli.profiling import Effort, Shape, measure, with_a_max
+from shared.cli.profiling import PACED, Shape, measure, with_a_max
 from shared.membership import Members
 from shared.messages import Kind, State
 from shared.models.source import open_source
@@ -45,7 +45,6 @@ PACE = {
     "attention_row_s": 0.5e-3, "experts_s": 1e-3, "expert_s": 1.5e-3, "head_s": 2e-3, "link_latency_s": 0.3e-3,
 }  # fmt: skip
 SHAPES = [Shape(a, e, b, 64) for a, e in ((1, 1), (1, 2), (1, 3), (2, 3)) for b in (2, 6, 16)]
-EFFORT = Effort(output=48, repeats=1)
 RATE, PROMPT, OUTPUT, KINDS = 2.0, 4, 14, 8
 """Requests per second at first, tokens, and different prompts."""
 JUST = 1.25
@@ -112,7 +111,7 @@ async def profiled(scratch: Path, pace: str) -> Path:
     """A profile of paced meshes."""
     source, path = open_source(""), scratch / "fitted.json"
     sizes, trace = sizes_of(source.spec, source.name), path.with_suffix(".trace")
-    measured = await measure("", SHAPES, EFFORT, source.spec.vocab_size, trace, pace)
+    measured = await measure("", SHAPES, PACED, source.spec.vocab_size, trace, pace)
     points = with_a_max(measured, tables_of(trace, sizes, measured))
     save_fitted(path, fit(points, sizes, PACE["name"]), points, source.digest)
     return path
