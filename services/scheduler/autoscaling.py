@@ -24,7 +24,7 @@ AIM = 0.9
 LEAST_OFF, MOST_OFF = 0.5, 4.0
 """Between which a measured time over a predicted one is believed."""
 GAIN, FADE = 0.1, 1 / 120
-"""How much of a new measurement of it counts, each second, and how much of what other sizes had too much is forgiven."""
+"""How much of a new measurement counts, each second, and how much of what other sizes had beyond it is forgiven."""
 ENOUGH, ENOUGH_FIRST = 32, 8
 """Tokens, and first tokens, that a measurement takes."""
 
