@@ -28,7 +28,7 @@ from shared.bus import Bus
 from shared.cli.mesh import LocalMesh, MeshOptions
 from shared.cli.owned import owned_directory
 from shared.cli.profile import tables_of
-from shared.cli.profiling import Shape, measure, with_a_max
+from shared.cli.profiling import PACED, Shape, measure, with_a_max
 from shared.membership import Members
 from shared.messages import Kind, State
 from shared.models.source import open_source
@@ -111,7 +111,7 @@ async def profiled(scratch: Path, pace: str) -> Path:
     """A profile of paced meshes."""
     source, path = open_source(""), scratch / "fitted.json"
     sizes, trace = sizes_of(source.spec, source.name), path.with_suffix(".trace")
-    measured = await measure("", SHAPES, source.spec.vocab_size, trace, pace)
+    measured = await measure("", SHAPES, PACED, source.spec.vocab_size, trace, pace)
     points = with_a_max(measured, tables_of(trace, sizes, measured))
     save_fitted(path, fit(points, sizes, PACE["name"]), points, source.digest)
     return path

@@ -24,7 +24,7 @@ AIM = 0.9
 LEAST_OFF, MOST_OFF = 0.5, 4.0
 """Between which a measured time over a predicted one is believed."""
 GAIN, FADE = 0.1, 1 / 120
-"""How much of a new measurement of it counts, each second, and of what other sizes had meanwhile."""
+"""How much of a new measurement counts, each second, and how much of what other sizes had beyond it is forgiven."""
 ENOUGH, ENOUGH_FIRST = 32, 8
 """Tokens, and first tokens, that a measurement takes."""
 
@@ -174,7 +174,7 @@ def corrected(offs: Offs, look: Look, model: Model) -> Offs:
         return {**offs, mine: before}
     now = measured.mean / model.tpot(look.sizes, decoding(look.steady), look.demand)
     after = before + GAIN * (min(max(now, LEAST_OFF), MOST_OFF) - before)
-    return {key: off + FADE * (after - off) for key, off in offs.items()} | {mine: after}
+    return {key: off - FADE * max(0.0, off - after) for key, off in offs.items()} | {mine: after}
 
 
 def _key(sizes: Sizes) -> tuple[int, int]:

@@ -205,6 +205,8 @@ def test_sizes_that_were_too_slow_are_not_gone_back_to_because_others_are_as_fas
     assert needed(seen, rules(), planner(), {(1, 1): 3.0, (1, 2): 1.0}).sizes == {A: 1, E: 2}
     forgiven = corrected({(1, 1): 3.0, (1, 2): 1.0}, seen, planner())
     assert 1.0 < forgiven[1, 1] < 3.0
+    slow = look(steady_traffic(1, 10, 1.0), 1.0, {A: 1, E: 2})
+    assert corrected({(1, 1): 1.0, (1, 2): 1.0}, slow, planner())[1, 1] == 1.0
 
 
 def test_slots_that_cannot_hold_the_model_in_as_many_instances_as_were_profiled_are_said() -> None:
