@@ -52,14 +52,17 @@ def why_not(member: Member, digest: str, may_wait: bool) -> str | None:
 def ranked(members: Iterable[Member], digest: str, own_load: Mapping[str, int]) -> list[Member]:
     """Usable instances, best first: fewest outstanding tokens, ties to the lowest id; silent ones last.
 
+    Those that would wait for experts come after all others.
+
     Args:
         own_load: instance id -> tokens of this gateway's open requests there, which heartbeats may not show yet.
     """
 
-    def key(member: Member) -> tuple[bool, int, str]:
+    def key(member: Member) -> tuple[bool, bool, int, str]:
         facts = member.heartbeat.attention
         reported = facts.outstanding_tokens if facts else 0
-        return member.suspect, reported + own_load.get(member.id, 0), member.id
+        waits = why_not(member, digest, may_wait=False) is not None
+        return waits, member.suspect, reported + own_load.get(member.id, 0), member.id
 
     return sorted(usable(members, digest), key=key)
 

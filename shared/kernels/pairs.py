@@ -8,6 +8,7 @@ stands beside it.
 # ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -92,14 +93,28 @@ def _load_pairs(emit: Emitter, pointer: Any, count: Any = None) -> Any:
     return builder.bitcast(emit.call(name, _SHORTS, pointer, ir.Constant(INT32, 1), mask, nothing), _PAIRS)
 
 
-def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows, ws: list[Any]) -> Any:
+def _reach(emit: Emitter, depth: Any, m: Any, rows: Any) -> Callable[[Any], Any]:
+    """How far beyond the start of its row a tile of rows m, .. asks for weights when it is at k, in elements.
+
+    Tiles that follow each other over the same columns find them in the cache: between them they ask for the columns
+    after those, evenly, or memory would rest while all but the first compute.
+    """
+    builder, height = emit.builder, emit.number(HEIGHT)
+    tiles = builder.sdiv(emit.plus(rows, HEIGHT - 1), height)
+    share = builder.sdiv(emit.number(1 << 16), tiles)
+    done = builder.sdiv(builder.mul(builder.sdiv(m, height), depth), tiles)
+    lead = builder.add(emit.plus(builder.sub(depth, builder.sdiv(depth, tiles)), PREFETCH), done)
+    return lambda k: builder.add(lead, builder.ashr(builder.mul(k, share), emit.number(16)))
+
+
+def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows, ws: list[Any], reach: Callable[[Any], Any]) -> Any:
     """The dot products of all pairs of row pointers (up to 16 pairs), row-major in one vector."""
     builder = emit.builder
 
     def step(k: Any, sums: list[Any], count: Any = None) -> list[Any]:
         a, b = [_load_pairs(emit, x.at(row, k)) for row in xs], [_load_pairs(emit, w.at(row, k), count) for row in ws]
         for row in ws:
-            emit.prefetch(builder.gep(w.at(row, k), [emit.number(PREFETCH)]))
+            emit.prefetch(w.at(row, reach(k)))
         both = zip([(left, right) for left in a for right in b], sums, strict=True)
         return [emit.call(f"llvm.x86.avx512bf16.dpbf16ps.{STEP * 16}", _FLOATS, total, *pair) for pair, total in both]
 
@@ -132,7 +147,7 @@ def dot_pairs(typing_context, x, rows, w, wi, count, y, i):
             ms, ns = [emit.plus(m, r) for r in range(height)], [emit.plus(n, c) for c in range(width)]
             xs = [left.row(r) for r in ms]
             ws = [right.row(row_number(emit, kinds[3], args[3], c)) for c in ns]
-            sums = _dot_tile(emit, left, xs, right, ws)
+            sums = _dot_tile(emit, left, xs, right, ws, _reach(emit, right.depth, m, args[1]))
             for r, row in enumerate(ms):
                 emit.store_part(sums, r * width, width, out.at(out.row(builder.add(args[6], row)), n))
 

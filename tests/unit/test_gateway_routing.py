@@ -48,6 +48,8 @@ def test_requests_wait_for_experts_only_while_somebody_sees_to_their_pool():
     waits = [member("unplaced", placement=0), member("stalled", stalled=True)]
     experts = PoolFacts(pool=Pool.EXPERTS, desired=0)
     assert order(scheduler(experts), *waits, member("other", digest="x")) == ["stalled", "unplaced"]
+    busy = member("works", outstanding=1000)
+    assert order(scheduler(experts), *waits, busy) == ["works", "stalled", "unplaced"]
     for nobody in (PoolFacts(pool=Pool.ATTENTION, desired=1), experts.model_copy(update={"problem": "no permission"})):
         assert order(scheduler(nobody), *waits) == []
         reason = not_ready([scheduler(nobody), *waits], "d")
