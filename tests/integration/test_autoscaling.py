@@ -14,11 +14,9 @@ import pytest
 from rich.console import Console
 
 from shared.cli.client import stream_completion
-from shared.cli.scale import ask
 from shared.cli.status import describe, look, print_report
 from shared.messages import Pool
 from shared.models.source import open_source
-from shared.pool_messages import Scale
 from tests.mesh import RunningMesh, running_mesh
 from tests.unit.autoscale_cases import EXPERT_S, ROW_S, fitted, write_profile
 
@@ -77,14 +75,6 @@ def seen(mesh: RunningMesh) -> dict[str, Any]:
     return describe(*mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh)))
 
 
-def by_hand(mesh: RunningMesh, experts: int) -> str:
-    """``moemesh scale experts N``, and what it says."""
-    out = io.StringIO()
-    request = Scale(pool=Pool.EXPERTS, count=experts)
-    mesh.call(ask(mesh.mesh.nats_url, mesh.mesh.options.mesh, request, Console(file=out, width=160), LIMIT_S))
-    return out.getvalue()
-
-
 def ready(report: dict[str, Any], kind: str) -> int:
     return sum(row["kind"] == kind and row["state"] == "ready" for row in report["instances"])
 
@@ -109,7 +99,7 @@ def test_pools_follow_the_load_and_a_hand_and_no_answer_changes(settings: dict[s
             assert "requests/s" in grown["autoscaling"]["why"]
             load.rate = LOW
             until(mesh, lambda report: ready(report, "experts") == 1 and ready(report, "attention") == 1)
-            assert "autoscaling goes on after 8 s" in by_hand(mesh, 2)
+            assert "autoscaling goes on after 8 s" in mesh.scale(Pool.EXPERTS, 2)
             until(mesh, lambda report: ready(report, "experts") == 1)
         assert load.texts() == {expected}
         metrics = mesh.metrics_of("scheduler-0")
