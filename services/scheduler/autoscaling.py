@@ -121,7 +121,7 @@ def needed(look: Look, rules: Rules, model: Model, offs: Offs) -> Need:
 
 def _planned(look: Look, rules: Rules, model: Model, off: float) -> Need:
     """Raises Unservable."""
-    demand = look.demand
+    demand = caught_up(look, rules)
     slo = replace(rules.slo, tpot_s=rules.slo.tpot_s * AIM / off)
 
     def choice(rate: float) -> Choice:
@@ -133,6 +133,13 @@ def _planned(look: Look, rules: Rules, model: Model, off: float) -> Need:
     what = f"{look.rate:.3g} requests/s of {demand.prompt:.0f} + {demand.output:.0f} tokens are expected"
     why = f"{plan.name}; {first.why}" if first.plan else f"more than can be served in time: {first.why}"
     return Need(look.now, rules.within(sizes), f"{what}: {why}", plan.tpot_s * off)
+
+
+def caught_up(look: Look, rules: Rules) -> Demand:
+    """What is expected, and those who are more than may be open, served within a window: else they stay for long."""
+    demand = look.demand
+    late = max(0.0, look.lately.open - demand.rate * demand.output * rules.slo.tpot_s)
+    return replace(demand, rate=demand.rate + late / rules.window_s)
 
 
 def pressed(look: Look, rules: Rules, model: Model) -> Need | None:

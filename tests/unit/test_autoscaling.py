@@ -15,6 +15,7 @@ from services.scheduler.autoscaling import (
     Need,
     Offs,
     Sizes,
+    caught_up,
     corrected,
     needed,
     pressed,
@@ -74,6 +75,15 @@ def test_limits_that_nothing_keeps_are_said_and_keep_what_there_is_with_experts_
     need = needed(look(steady_traffic(1, 10, 0.06), 1.0, there), rules(0, tpot_s=1e-3), planner(0), {})
     assert need.sizes == kept
     assert "no plan serves any rate" in need.why
+
+
+def test_a_backlog_is_planned_for_besides() -> None:
+    """20 requests more than may be open at 0.2 s per token, in a window of 10 s."""
+    seen = look(steady_traffic(2, 10, 0.1), 2.0)
+    usual = caught_up(seen, rules())
+    assert usual == seen.demand
+    late = replace(seen, lately=replace(seen.lately, open=round(usual.rate * usual.output * 0.2 + 20)))
+    assert caught_up(late, rules()).rate == pytest.approx(usual.rate + 2, abs=0.1)
 
 
 def test_streams_that_neither_begin_nor_end_are_planned_for() -> None:
