@@ -33,7 +33,7 @@ def test_a_profile_finds_the_times_that_a_paced_mesh_keeps_and_plans_with_them(t
         assert point.expert_s >= kept.experts_s + kept.expert_s * point.activated
         assert point.exchange_s >= point.expert_s
         assert point.step_s >= kept.head_s + layers * (kept.attention_floor_s + point.expert_s)
-    assert points[0].batch == 1 and points[0].activated == pytest.approx(fitted.sizes.top_k)
+    assert points[0].batch == 1 and points[0].activated == pytest.approx(fitted.sizes.top_k, rel=0.05)
     ask = ("--slo-tpot-ms", "1000", "--rate", "0.5", "--context", "48", "--output", "32")
     facts = json.loads(run("plan", "--model", str(DEMO), "--profile", str(file), *ask, "--json"))
     assert facts["best"]["name"] == "1A1E"
