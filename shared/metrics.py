@@ -32,6 +32,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "preemptions": ("counter", "Sequences that gave up their KV blocks to be recomputed later."),
     "kv_blocks": ("gauge", "KV blocks of this instance."),
     "kv_blocks_used": ("gauge", "KV blocks that sequences hold."),
+    "exchange_express": ("counter", "Exchanges that went without the interpreter."),
     "exchange_seconds": ("histogram", "From dispatch to the last combined part of one exchange."),
     "paced": ("gauge", "1 while this instance keeps a device profile's times instead of its own, by profile."),
     "paced_seconds": ("counter", "Time that work took by the device profile."),

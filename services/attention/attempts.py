@@ -84,6 +84,10 @@ class Attempts:
             self._aim(pending)
             self._sender.send(pending, pending.asked)
 
+    def resume(self, pending: Pending) -> None:
+        """The rows are on their way already, to all that are asked. Raises ExchangeUnavailable."""
+        self._aim(pending)
+
     def _join_rows(self, pending: Pending) -> None:
         """Give our rows to the group's leader, or collect those of all members if that is us."""
         group = self._lockstep.group

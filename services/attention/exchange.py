@@ -7,11 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.attention.ways import Row
+from shared.express import ASK, COLLECT
 from shared.messages import Placement
 from shared.metrics import Sample
+from shared.models.spec import LayerSpec
 from shared.telemetry import NO_TRACE
 
 
@@ -55,6 +59,35 @@ class Handle(Protocol):
     """One open exchange, made by ``dispatch`` and consumed by ``combine``."""
 
     layer: int
+
+
+class Score(NamedTuple):
+    """All layers of a step as recorded calls, two entries for each: attention, and what the layer does beside it."""
+
+    entries: NDArray[np.int64]
+    """See ``shared.express.march``."""
+    layers: tuple[int, ...]
+    """Those with experts, checkpoint indices."""
+
+    @classmethod
+    def of(cls, calls: Sequence[tuple[int, int]], layers: Sequence[LayerSpec]) -> "Score":
+        """``calls``: address and number of each entry."""
+        table, moe = np.zeros((len(calls), 4), np.int64), [layer.index for layer in layers if layer.moe]
+        table[:, :2] = calls
+        for i, layer in enumerate(layers):
+            if layer.moe:
+                table[2 * i : 2 * i + 2, 2] = ASK, COLLECT
+                table[2 * i : 2 * i + 2, 3] = moe.index(layer.index)
+        return cls(table, tuple(moe))
+
+
+class Halt(NamedTuple):
+    """Where ``march`` stopped."""
+
+    calls: int
+    """So many entries of the score have been carried out, but for what follows the last of them, unless all have."""
+    handle: Handle | None
+    """The exchange that is open."""
 
 
 class Exchange(Protocol):
@@ -101,6 +134,13 @@ class Exchange(Protocol):
         """Wait for all parts, then x [rows, hidden] += weighted experts, in ascending expert order.
 
         Raises ExchangeUnavailable within a bounded time; ``x`` is unchanged then.
+        """
+        ...
+
+    def march(self, score: Score, first: int, rows: Tensor, x: Tensor) -> Halt | None:
+        """Carry out entries from ``first`` on with their exchanges, of ``rows`` and into ``x`` [T, hidden].
+
+        As far as that goes without anything unusual; None: not at all. Raises ValueError when a kernel refuses.
         """
         ...
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.attention.exchange import Handle, View
+from services.attention.exchange import Halt, Handle, Score, View
 from services.attention.ways import Row
 from shared.metrics import Sample
 from shared.models.local import LocalExperts
@@ -61,6 +61,9 @@ class LocalExchange:
     def combine(self, handle: Handle, x: Tensor) -> None:
         assert isinstance(handle, LocalHandle)  # ours: dispatch made it
         self._experts.add(handle.layer, handle.rows, x)
+
+    def march(self, score: Score, first: int, rows: Tensor, x: Tensor) -> Halt | None:
+        return None
 
     def abandon(self) -> None:
         """Nothing is open that anybody else knows of."""

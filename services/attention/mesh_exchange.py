@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from services.attention.attempts import Attempts, Foreseen
-from services.attention.exchange import Handle, View
+from services.attention.exchange import Halt, Handle, Score, View
+from services.attention.express import Express, Sent
 from services.attention.links import LinkMeter, WayChoice
 from services.attention.lockstep import Lockstep, Standing
 from services.attention.pending import ExchangeStats, Inbox, Pending
@@ -22,7 +23,7 @@ from services.attention.sending import Sender
 from services.attention.stats import exchange_samples, way_samples
 from services.attention.tap import RoutingTap
 from services.attention.targets import Targets
-from services.attention.ways import Gate, Phase, Row, Ways
+from services.attention.ways import SOLO, Gate, Phase, Row, Ways
 from shared.errors import ExchangeUnavailable
 from shared.kernels.base import Kernels
 from shared.metrics import Sample
@@ -32,6 +33,7 @@ from shared.telemetry import NO_TRACE
 from shared.transport.base import FrameKind, Incoming, Transport
 
 CPU = torch.device("cpu")
+GIVEN_UP = "the exchange was given up"
 
 
 class MeshExchange:
@@ -96,6 +98,8 @@ class MeshExchange:
             self._targets, self._sender, self._lockstep, self._sum, self._stats, Scratch(device), self._receive,
             incarnation=incarnation, dtype=dtype, deadline=deadline, give_up=self._give_up,
         )  # fmt: skip
+        here = {"hidden": hidden, "top_k": top_k, **signed}
+        self._express = Express(transport.lane, self._targets, **here) if transport.lane and not partial else None
         self._repeats = 0
         self._tap = tap
         self._sequence = 0
@@ -127,6 +131,8 @@ class MeshExchange:
         self._choice.use(ways)
 
     def abandon(self) -> None:
+        if self._express:
+            self._express.open = None
         for pending in list(self._inbox.open.values()):
             self._close(pending)
         self._lockstep.leave()
@@ -168,6 +174,8 @@ class MeshExchange:
         standing = Standing(placement.version if placement else 0, self._targets.live)
         group = self._lockstep.begin(rows, standing)
         self._choice.begin(group, rows)
+        if self._express:
+            self._express.begin(allowed=group is None and self._choice.way == SOLO)
         if self._tap:
             self._tap.begin(group.number if group else 0)
         self._repeats = self._stats.repeats.total()
@@ -178,29 +186,40 @@ class MeshExchange:
 
     # ---- one exchange -----------------------------------------------------------------------------------
 
-    def dispatch(self, layer: int, rows: Tensor, trace: tuple[bytes, bytes] = NO_TRACE) -> Pending:
+    def dispatch(self, layer: int, rows: Tensor, trace: tuple[bytes, bytes] = NO_TRACE) -> Handle:
         if not self._targets.asked(layer):
             self._stats.unavailable += 1
             raise ExchangeUnavailable(layer, self._targets.absent(), "some experts have no home to ask")
         self._sequence += 1
-        now = time.monotonic()
-        pending = Pending(layer, self._sequence, rows, now, now + self._give_up, self._deadline, self._pause)
-        pending.trace, pending.way = trace, self._choice.way
-        self._inbox.open[pending.sequence] = pending
+        if self._express and trace == NO_TRACE and not self._inbox.open:
+            sent = self._express.dispatch(layer, rows, self._sequence)
+            if sent:
+                self._stats.bytes_sent += self._express.sent_bytes(len(rows))
+                return sent
+        pending = self._pending(layer, self._sequence, rows, time.monotonic())
+        pending.trace = trace
         self._attempts.begin(pending)
         return pending
 
+    def _pending(self, layer: int, sequence: int, rows: Tensor, started: float) -> Pending:
+        pending = Pending(layer, sequence, rows, started, started + self._give_up, self._deadline, self._pause)
+        pending.way = self._choice.way
+        self._inbox.open[sequence] = pending
+        return pending
+
     def combine(self, handle: Handle, x: Tensor) -> None:
-        assert isinstance(handle, Pending)  # ours: dispatch made it
         start = time.monotonic()
+        if isinstance(handle, Sent):
+            if self._collect(handle, x):
+                self._stats.waited += time.monotonic() - start
+                return
+            handle = self._go_on(handle)
+        assert isinstance(handle, Pending)  # ours: dispatch made it
         try:
             if handle.sequence not in self._inbox.open:
-                raise ExchangeUnavailable(handle.layer, [], "the exchange was given up")
+                raise ExchangeUnavailable(handle.layer, [], GIVEN_UP)
             self._attempts.finish(handle, x)
-            self._stats.exchanges += 1
-            taken = time.monotonic() - handle.started
-            self._stats.seconds.observe(taken)
-            self._choice.exchanged(taken)
+            self._took(time.monotonic() - handle.started)
             if self._tap and handle.sums is None:  # else the group's leader knows
                 self._tap.combined(handle.layer, self._sum.chosen)
         except ExchangeUnavailable:
@@ -209,6 +228,49 @@ class MeshExchange:
         finally:
             self._close(handle)
             self._stats.waited += time.monotonic() - start
+
+    def _took(self, seconds: float) -> None:
+        self._stats.exchanges += 1
+        self._stats.seconds.observe(seconds)
+        self._choice.exchanged(seconds)
+
+    def _collect(self, sent: Sent, x: Tensor) -> bool:
+        express = self._express
+        if express is None or express.open is not sent:
+            self._stats.unavailable += 1
+            raise ExchangeUnavailable(sent.layer, [], GIVEN_UP)
+        if not express.combine(sent, x):
+            return False
+        self._stats.express += 1
+        self._took(time.monotonic() - sent.started)
+        self._stats.bytes_received += express.received_bytes(len(sent.rows))
+        if self._tap:
+            self._tap.combined(sent.layer, express.chosen)
+        return True
+
+    def _go_on(self, sent: Sent) -> Pending:
+        """An exchange whose rows are sent, as any other."""
+        pending = self._pending(sent.layer, sent.sequence, sent.rows, sent.started)
+        self._attempts.resume(pending)
+        return pending
+
+    def march(self, score: Score, first: int, rows: Tensor, x: Tensor) -> Halt | None:
+        if self._express is None or self._inbox.open:
+            return None
+        marched = self._express.march(score, first, rows, x, self._sequence + 1)
+        if marched is None:
+            return None
+        halt, begun, layers = marched
+        self._sequence += begun
+        self._stats.express += len(layers)
+        for number, seconds in layers:
+            self._took(seconds)
+            if self._tap:
+                self._tap.combined(score.layers[number], self._express.choices[number])
+        self._stats.waited += sum(seconds for _, seconds in layers)
+        self._stats.bytes_sent += begun * self._express.sent_bytes(len(rows))
+        self._stats.bytes_received += len(layers) * self._express.received_bytes(len(rows))
+        return halt
 
     # ---- frames -----------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ class ExchangeStats:
     """Counters since the start; seconds, and bytes of rows and meta."""
 
     exchanges: int = 0
+    express: int = 0
+    """Of these, how many without the interpreter."""
     unavailable: int = 0
     waited: float = 0.0
     seconds: Buckets = field(default_factory=Buckets)

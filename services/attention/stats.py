@@ -102,6 +102,7 @@ def samples(stats: EngineStats, limits: Limits, step_seconds: Buckets, refused: 
 def exchange_samples(stats: ExchangeStats) -> Iterator[Sample]:
     """The data plane as attention sees it."""
     yield sample("exchange_seconds", stats.seconds)
+    yield sample("exchange_express", stats.express)
     yield sample("exchange_bytes", stats.bytes_sent, direction="sent")
     yield sample("exchange_bytes", stats.bytes_received, direction="received")
     for reason, count in stats.repeats.items():

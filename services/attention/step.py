@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from services.attention.batching import Chunk
-from services.attention.exchange import Exchange, Handle
+from services.attention.exchange import Exchange, Handle, Score
 from services.attention.micro_batches import MicroBatching, split
 from services.attention.sequence import Trace
 from shared.errors import ExchangeUnavailable
+from shared.kernels.recorder import Recording
 from shared.models.decoder import Decoder, KvCache, StepInput
 from shared.models.spec import LayerSpec
 from shared.pace import UNPACED, Pace
@@ -71,6 +72,7 @@ class Program:
         self._record = decoder.kernels.record if record else _as_it_is
         self._calls: list[Callable[[], Any]] = []
         self._next = 0
+        self._score: Score | None = None
 
     def begin(self, step: StepInput) -> None:
         """Take the inputs of another step of this shape."""
@@ -78,6 +80,18 @@ class Program:
             if mine is not new:
                 mine.copy_(new)
         self._next = 0
+
+    def score(self, layers: Sequence[LayerSpec]) -> Score | None:
+        """All calls between embedding and head; None where they are not recorded (yet)."""
+        if self._score is None and len(self._calls) > 2 * len(layers):
+            calls = self._calls[1 : 2 * len(layers) + 1]
+            recorded = [call for call in calls if isinstance(call, Recording)]
+            self._score = Score.of([call.where for call in recorded], layers) if len(recorded) == len(calls) else None
+        return self._score
+
+    def at(self, calls: int) -> None:
+        """So many calls of the score have been made."""
+        self._next = 1 + calls
 
     def do(self, call: Callable[[], T]) -> T:
         """``call``, or what is recorded of the same one, which is known by its place among all of a step's calls."""
@@ -137,10 +151,7 @@ class ModelRunner:
         count = 1 if together else self._micro_batching.count(rows)
         try:
             batches = [self._begin(index, part) for index, part in enumerate(split(chunks, count))]
-            for layer in self._decoder.spec.layers:
-                for batch in batches:
-                    self._end_exchange(batch)
-                    self._layer(layer, batch)
+            self._layers(batches)
             for batch in batches:
                 self._end_exchange(batch)
         except ExchangeUnavailable:
@@ -152,6 +163,34 @@ class ModelRunner:
             self._micro_batching.observe(rows, count, time.perf_counter() - start)
         self.split_steps += len(batches) > 1
         return batches
+
+    def _layers(self, batches: Sequence[MicroBatch]) -> None:
+        layers, index = self._decoder.spec.layers, 0
+        while index < len(layers):
+            for batch in batches:
+                self._end_exchange(batch)
+            went = self._march(batches[0], index) if len(batches) == 1 else index
+            if went == index:
+                went += 1
+                for batch in batches:
+                    self._layer(layers[index], batch)
+            index = went
+
+    def _march(self, batch: MicroBatch, first: int) -> int:
+        """Layers from ``first`` on without the interpreter, as far as that goes; returns which one is next.
+
+        The exchange of the one before it may be open then.
+        """
+        program, layers = batch.program, self._decoder.spec.layers
+        score = program.score(layers) if batch.trace == NO_TRACE and self._pace is UNPACED else None
+        halt = self._exchange.march(score, 2 * first, program.rows, program.x) if score else None
+        if halt is None:
+            return first
+        program.at(halt.calls)
+        batch.handle, batch.shared = halt.handle, None
+        if halt.calls % 2:
+            self._dispatch(layers[halt.calls // 2], batch)
+        return (halt.calls + 1) // 2
 
     def _begin(self, index: int, chunks: Sequence[Chunk]) -> MicroBatch:
         program = self._program(index, build_step(chunks, self._block_size, self._decoder.device))
@@ -178,19 +217,24 @@ class ModelRunner:
         program.do(partial(decoder.attend, layer.index, x, step, self._cache, rows))
         self._pace.attention(began, step.positions)
         if layer.moe:
-            batch.handle = self._exchange.dispatch(layer.index, rows, batch.trace)
-            batch.shared = partial(decoder.shared, layer.index, rows, x)
-            batch.trace = batch.trace if self._trace_layers else NO_TRACE
+            self._dispatch(layer, batch)
         else:
             program.do(partial(decoder.dense, layer.index, rows, x))
 
+    def _dispatch(self, layer: LayerSpec, batch: MicroBatch) -> None:
+        rows = batch.program.rows
+        batch.handle = self._exchange.dispatch(layer.index, rows, batch.trace)
+        batch.shared = partial(self._decoder.shared, layer.index, rows, batch.program.x)
+        batch.trace = batch.trace if self._trace_layers else NO_TRACE
+
     def _end_exchange(self, batch: MicroBatch) -> None:
         """The shared experts, while the others compute, then the sum of both."""
-        if batch.handle is None or batch.shared is None:
+        if batch.handle is None:
             return
-        began = time.monotonic()
-        batch.program.do(batch.shared)
-        self._pace.shared(began, len(batch.program.rows))
+        if batch.shared:
+            began = time.monotonic()
+            batch.program.do(batch.shared)
+            self._pace.shared(began, len(batch.program.rows))
         self._exchange.combine(batch.handle, batch.program.x)
         batch.handle = batch.shared = None
 

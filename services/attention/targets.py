@@ -108,6 +108,10 @@ class Targets:
         """The bit of an instance, 0 when it is unknown or not in the placement."""
         return self._bits.get(incarnation, 0)
 
+    def incarnations(self, mask: int) -> dict[int, int]:
+        """Those of a mask, in the order of ``peers``, with their bits."""
+        return {i: bit for i, bit in self._bits.items() if bit & mask}
+
     def peers(self, mask: int) -> list[Peer]:
         return [self._peers[i] for i, bit in self._bits.items() if bit & mask]
 

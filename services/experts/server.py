@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 
+import torch
+
 from services.experts.answers import Answers, KnownPlacement, Record, Refused, ServerLimits
 from services.experts.assembly import Assemblies
 from services.experts.elastic import Elastic
+from services.experts.express import Express
 from services.experts.relay import Neighbour, Relay
 from services.experts.waiting import Question, Waiting
 from shared.activation import NoLiveHome
@@ -70,13 +73,16 @@ class ExpertServer:
         self._stopped = threading.Event()
         self._last_frame = 0.0
         self.stats = self._answers.stats
+        plain = elastic is None and not pace.name and limits.dtype is torch.float32
+        lane = transport.lane if plain else None
+        self._express = Express(lane, layers, limits, self.stats, **signed) if lane else None
 
     # ---- orders from other threads ----------------------------------------------------------------------
 
     def adopt(self, placements: Iterable[KnownPlacement]) -> Future[None]:
         """Answer exchanges of these placements only; done when no exchange of another one is being computed."""
         table = {known.version: known for known in placements}
-        return self._order(lambda: setattr(self, "_placements", table))
+        return self._order(lambda: self._adopt(table))
 
     def house(self, homes: Mapping[int, frozenset[int]]) -> Future[None]:
         """Layer -> experts that have a home here from now on: others that are resident are stopped. If elastic."""
@@ -113,7 +119,16 @@ class ExpertServer:
             action()
             done.set_result(None)
 
+    def _adopt(self, placements: dict[int, KnownPlacement]) -> None:
+        self._placements = placements
+        self._forget_lines()
+
+    def _forget_lines(self) -> None:
+        if self._express:
+            self._express.forget()
+
     def _detach(self, gone: frozenset[int]) -> None:
+        self._forget_lines()
         if self._waiting:
             self._waiting.forget(gone)
         for incarnation in gone & self._peers.keys():
@@ -130,6 +145,8 @@ class ExpertServer:
             self._obey()
             if self._waiting:
                 self._answer_all(self._waiting.due())
+            if self._express and self.idle_for() < BUSY_S and self._turn(self._express):
+                continue
             incoming = self._transport.receive(IDLE_S, busy=self.idle_for() < BUSY_S)
             if incoming is None:
                 self._awake.release()
@@ -137,6 +154,13 @@ class ExpertServer:
                 self._awake.hold()
                 self._take(incoming)
         self._obey()
+
+    def _turn(self, express: Express) -> bool:
+        """Answer frames for a moment; False: ``receive`` has to look at what has come."""
+        if express.serve():
+            self._awake.hold()
+            self._last_frame = time.monotonic()
+        return not express.news
 
     def _take(self, incoming: Incoming) -> None:
         header, kept = incoming.header, False
@@ -182,6 +206,7 @@ class ExpertServer:
             return
         if known:
             self._transport.disconnect(known[1])
+            self._forget_lines()
         self._peers[sender] = (address, peer)
 
     def _dispatch(self, incoming: Incoming) -> bool:
@@ -248,6 +273,8 @@ class ExpertServer:
             self._answers.node(peer, incoming, placement, question.prepared)
         else:
             self._answers.alone(peer, incoming, placement, question.prepared)
+            if self._express and header.kind == FrameKind.DISPATCH and not header.flags:
+                self._express.learn(peer, header, placement)
         if self._waiting:
             self._waiting.answered(question)
         return True

@@ -216,6 +216,9 @@ class Kernels(Protocol):
 class Answering(Protocol):
     """See ``services.experts.compute.answer``, which takes the same arguments after the layer."""
 
+    recorded: tuple[int, ...]
+    """The same in the form that ``shared.express.serve`` takes, good for as long as this object lives."""
+
     def __call__(
         self,
         rows: Tensor,

@@ -23,8 +23,11 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
     read-only; never one that another user could have filled.
     """
     here = Path(__file__).parent
-    folders = (here, *(here.parent / name for name in ("elastic", "replay", "scheduling")))
-    compiled = (*(folder.glob("*.py") for folder in folders), [here.parent / "activation.py"])
+    folders = (here, *(here.parent / name for name in ("elastic", "replay", "scheduling", "transport")))
+    compiled = (
+        *(folder.glob("*.py") for folder in folders),
+        [here.parent / "activation.py", here.parent / "express.py"],
+    )
     sources = [source for sources in compiled for source in sorted(sources)]
     digest = hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
     home = environ.get("XDG_CACHE_HOME") or (environ.get("HOME", "") and environ["HOME"] + "/.cache")

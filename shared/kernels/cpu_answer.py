@@ -41,8 +41,8 @@ class Answer:
         self._calls = np.array([native.encode(*call) for call in tape.calls], native.CALL)
         first = self._calls[-1]["numbers"].tolist().index(out.data_ptr()) - _OUT
         weights, ids = routed
-        gate = self._calls.ctypes.data, len(self._calls) - 1, first
-        self._recorded = *gate, room.data_ptr(), room.numel(), weights.data_ptr(), ids.data_ptr(), *ids.shape
+        places = room.data_ptr(), room.numel(), weights.data_ptr(), ids.data_ptr()
+        self.recorded: tuple[int, ...] = self._calls.ctypes.data, len(self._calls) - 1, first, *places, *ids.shape
 
     def __call__(
         self,
@@ -55,7 +55,7 @@ class Answer:
         """See ``services.experts.compute.answer``. rows: contiguous fp32 [T, H]."""
         homes, live, instance, policy = choice
         rules = homes, np.uint64(live), instance, policy.code
-        code, count, digest = answer(*self._recorded, rows.data_ptr(), *rules, meta, out.data_ptr(), counts)
+        code, count, digest = answer(*self.recorded, rows.data_ptr(), *rules, meta, out.data_ptr(), counts)
         if code in (_GATE_REFUSED, _EXPERTS_REFUSED):
             part = "gate" if code == _GATE_REFUSED else "experts"
             raise ValueError(f"kernels of the {part} refused their input (an expert is not resident) or had no memory")

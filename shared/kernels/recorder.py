@@ -34,6 +34,11 @@ class Recording(Generic[T]):
         self._calls = np.array([native.encode(*call) for call in tape.calls], native.CALL)
         self._address = self._calls.ctypes.data
 
+    @property
+    def where(self) -> tuple[int, int]:
+        """Address and number of the calls, for ``native.play``."""
+        return self._address, len(self._names)
+
     def __call__(self) -> T:
         """Carry the calls out. Raises ValueError when a kernel refuses its input."""
         refused = native.play(self._address, len(self._names))

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.errors import BadFrame
 
@@ -61,6 +62,15 @@ class Refusal(IntEnum):
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 """Row dtypes on the wire; a header carries the index."""
+
+
+HEADER = np.dtype(
+    [("magic", "<u4"), ("version", "<u2"), ("kind", "<u2"), ("mesh", "<u8"), ("sender", "<u8"), ("sequence", "<u8"),
+     ("attempt", "<u4"), ("layer", "<u4"), ("epoch", "<u8"), ("group", "<u8"), ("placement", "<u8"), ("live", "<u8"),
+     ("rows", "<u4"), ("columns", "<u4"), ("flags", "<u4"), ("dtype", "<u2"), ("", "<u2"), ("meta_bytes", "<u4"),
+     ("sent", "<u4"), ("digest", "<u8"), ("trace", "<u8", 3)]
+)  # fmt: skip
+"""A header as compiled code reads it; ``trace``: trace_id and span_id."""
 
 
 @dataclass(slots=True)
@@ -176,6 +186,32 @@ class Incoming(Protocol):
         ...
 
 
+class Lane(Protocol):
+    """A transport as compiled code uses it (shared/express.py). For the thread of the transport, between receives."""
+
+    functions: NDArray[np.int64]
+    """UCX's, as shared/transport/ucp.py takes them."""
+    worker: int
+    files: NDArray[np.int64]
+    woken: NDArray[np.int64]
+    receives: NDArray[np.int64]
+    """See ucp.py."""
+    capacity: int
+    """Bytes of each receive."""
+
+    def enter(self) -> int:
+        """How many receives there are in the table; 0: frames wait that only ``receive`` delivers, or sends."""
+        ...
+
+    def leave(self) -> None:
+        """Receives have ended that compiled code did not take: ``receive`` delivers their frames."""
+        ...
+
+    def line(self, peer: "Peer", kept: object) -> tuple[int, int]:
+        """Endpoint of a peer, and address of its requests. What is sent from lives as long as the peer: ``kept``."""
+        ...
+
+
 class Transport(Protocol):
     """Moves frames between processes. At most once, in order per peer unless faults are injected, no acknowledgement.
 
@@ -186,6 +222,8 @@ class Transport(Protocol):
     """Opaque; what a peer passes to ``connect``."""
     dropped: dict[str, int]
     """Frames thrown away, by reason (``malformed``, ``too_long``)."""
+    lane: Lane | None
+    """None: frames pass through here only."""
 
     def connect(self, address: bytes) -> Peer:
         """Raises TransportError when the address is not usable from here."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from shared.errors import BadFrame, TransportError
-from shared.transport.base import Header, Incoming, Outgoing, Peer
+from shared.transport.base import Header, Incoming, Lane, Outgoing, Peer
 from shared.transport.buffers import Block, Pool
 from shared.transport.faults import Delivery, Faults
 
@@ -117,6 +117,7 @@ class MemoryTransport:
     def __init__(self, network: MemoryNetwork, address: bytes, max_frame_bytes: int, receive_slots: int) -> None:
         self.address = address
         self.dropped: dict[str, int] = {"malformed": 0, "too_long": 0}
+        self.lane: Lane | None = None
         self._network = network
         self._max_frame_bytes = max_frame_bytes
         self._pool = Pool(Block, max_frame_bytes)

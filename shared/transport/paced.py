@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shared.device_profile import DeviceProfile, link_seconds
-from shared.transport.base import Header, Incoming, Outgoing, Peer, Transport
+from shared.transport.base import Header, Incoming, Lane, Outgoing, Peer, Transport
 
 SERVE_S = 0.02
 """How often the link is served while its thread sleeps, for frames so long that both sides have to work on them."""
@@ -36,6 +36,7 @@ class PacedTransport:
     ) -> None:
         self.address = inner.address
         self.dropped = inner.dropped
+        self.lane: Lane | None = None
         self._inner = inner
         self._profile = profile
         self._clock = clock

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from shared.kernels.jit import I64, call_native, helper, kernel, view1
 
+FRAME_TAG = 1
+"""Every frame travels under this tag; rows apart under one of their own, with the top bit set."""
 IN_PROGRESS = 1
 """Status of a request; 0 is success, below 0 are errors."""
 TRUNCATED = -9
@@ -22,6 +24,8 @@ NOTHING, SENT = 0, -1
 _LAST_ERROR = -100
 """UCX returns pointers; seen as signed numbers, those from here to -1 are error codes."""
 _PROGRESS, _SEND, _RECEIVE, _CHECK, _FREE, _CANCEL, _ARM, _YIELD, _CLOCK, _POLL, _PLAIN, _NOW = range(12)
+REQUEST, STATUS, ADDRESS, SLOT = range(4)
+"""Columns of a table of receives: int64 [most, 4], in the order in which their messages begin to arrive."""
 _MONOTONIC = 1
 _NS = 1_000_000_000
 _READABLE = 1
@@ -87,7 +91,7 @@ def _status(api, request):
 
 
 @helper
-def _time(api):
+def clock(api):
     """Nanoseconds of the monotonic clock."""
     call_native(api[_CLOCK], (_MONOTONIC, api[_NOW]))
     now = view1(api[_NOW], 2, I64)
@@ -105,41 +109,64 @@ def _sleep(api, worker, files, longest):
 
 
 @kernel
-def wait(api, worker, files, receives, statuses, sends, woken, together, times):
+def wait(api, worker, files, receives, count, sends, woken, together, times):
     """Drive UCX until something ends: polling for a while, then asleep in between.
 
     Args:
         files: see ``files``.
-        receives, sends: int64, requests.
-        statuses: int64, one for each receive: IN_PROGRESS, or how it ended; then its request is freed.
+        receives: a table of receives; the STATUS of the first ``count`` becomes IN_PROGRESS, or how they ended: then
+            their requests are freed.
+        sends: int64, requests.
         woken: int64 [1]; another thread makes it 1 to end the wait.
         together: how many receives shall have ended.
-        times: up to when the core is only yielded, and when to end: nanoseconds of the monotonic clock.
+        times: up to when the core is only yielded, how long a sleep may be, and when to end: nanoseconds, the first and
+            the last of the monotonic clock.
 
     Returns:
         How many receives have ended, when as many as wanted have or the wait is over; SENT when a send has ended;
         NOTHING when woken or late.
     """
-    polled, until = times
+    polled, nap, until = times
     while True:
         call_native(api[_PROGRESS], (worker,))
-        done, now = 0, _time(api)
-        for request in receives:
-            done += _status(api, request) != IN_PROGRESS
+        done, now = 0, clock(api)
+        for i in range(count):
+            done += _status(api, receives[i, REQUEST]) != IN_PROGRESS
         over = woken[0] != 0 or now >= until
         if done and (over or done >= together):
-            for i in range(len(receives)):
-                statuses[i] = ended(api, receives[i])
+            for i in range(count):
+                receives[i, STATUS] = ended(api, receives[i, REQUEST])
             return done
         for request in sends:
-            if _status(api, request) != IN_PROGRESS:
+            if request and _status(api, request) != IN_PROGRESS:
                 return SENT
         if over:
             return NOTHING
         if now < polled:
             call_native(api[_YIELD], (0,))
         else:
-            _sleep(api, worker, files, until - now)
+            _sleep(api, worker, files, min(nap, until - now))
+
+
+@helper
+def receive_again(api, worker, receives, count, position, nbytes):
+    """The memory of a receive that has ended takes the next frame: it becomes the last one of the table."""
+    address, slot = receives[position, ADDRESS], receives[position, SLOT]
+    for i in range(position, count - 1):
+        receives[i] = receives[i + 1]
+    view1(address, 1, I64)[0] = 0  # a message shorter than a header must not revive the one that was here before
+    receives[count - 1, REQUEST] = receive(api, worker, address, nbytes, FRAME_TAG)
+    receives[count - 1, STATUS], receives[count - 1, ADDRESS], receives[count - 1, SLOT] = IN_PROGRESS, address, slot
+
+
+@helper
+def busy(api, requests):
+    """Whether UCX holds a frame to a peer, or has failed to send it; its requests int64 [2] are at an address."""
+    flying = view1(requests, 2, I64)
+    if flying[0] > 0 and _status(api, flying[0]) == 0:
+        call_native(api[_FREE], (flying[0],))
+        flying[0] = 0
+    return flying[0] != 0 or flying[1] != 0
 
 
 def compile_functions() -> None:
@@ -149,5 +176,5 @@ def compile_functions() -> None:
     receive.compile((table, number, number, number, number))
     ended.compile((table, number))
     cancel.compile((table, number, number))
-    times = types.UniTuple(number, 2)
-    wait.compile((table, number, table, table, table, table, table, number, times))
+    times = types.UniTuple(number, 3)
+    wait.compile((table, number, table, types.int64[:, ::1], number, table, table, number, times))

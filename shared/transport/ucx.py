@@ -19,9 +19,11 @@ import torch
 from shared.errors import BadFrame, TransportError
 from shared.transport import ucp
 from shared.transport.address import seal, unseal
-from shared.transport.base import Header, Incoming, Outgoing, Peer
+from shared.transport.base import Header, Incoming, Lane, Outgoing, Peer
 from shared.transport.buffers import ROWS_TAG_BYTES, Pool
-from shared.transport.ucx_frames import FRAME_TAG, Fence, ReceiveSlot, SendBuffer, Ucx, UcxPeer, rows_tags
+from shared.transport.ucp import FRAME_TAG
+from shared.transport.ucx_frames import Fence, Receives, ReceiveSlot, SendBuffer, Ucx, UcxPeer, rows_tags
+from shared.transport.ucx_lane import UcxLane
 
 SURVIVE_DEAD_PEERS = {"SYSV_ERROR_HANDLING": "y", "POSIX_ERROR_HANDLING": "y", "CMA_MEMORY_INVALIDATE": "y"}
 """Lets endpoints with error handling use shared memory and CMA. Without error handling UCX aborts the process when it
@@ -31,6 +33,7 @@ SPIN_US = 100.0
 BUSY_SLEEP_S = 0.005
 """Bounds the sleeps of a busy ``receive``. Each turn takes time of a core on which an expert instance may compute."""
 IDLE_SLEEP_S = 0.5
+NO_SENDS = np.zeros(0, np.int64)
 CLOSING_ROUNDS = 20
 """Turns of progress in which living peers learn that an endpoint is closed."""
 
@@ -80,12 +83,23 @@ class UcxTransport:
         self._slots_left = receive_slots
         self._window = POSTED_RECEIVES
         self._free: list[ReceiveSlot] = []
-        self._posted: list[ReceiveSlot] = []
-        self._awaiting_rows: list[ReceiveSlot] = []
+        self._receives = Receives(receive_slots)
         self._ready: deque[ReceiveSlot] = deque()
         """Frames that came together with one that was delivered."""
-        self._statuses = np.empty(2 * receive_slots, np.int64)
         self._post_receives()
+        self.lane: Lane | None = None if self._rows_apart else self._make_lane()
+
+    def _make_lane(self) -> UcxLane:
+        def ready() -> bool:
+            self._post_receives()
+            self._nap = self._first_nap
+            self._sending = [peer for peer in self._sending if peer.advance()]
+            return not (self._ready or self._sending)
+
+        return UcxLane(
+            self._ucx.functions, self._handle, self._files, self._woken,
+            receives=self._receives, capacity=self._slot_bytes, ready=ready, take=self._take_ended,
+        )  # fmt: skip
 
     def _start_worker(self, tls: str) -> None:
         api = self._ucx.api
@@ -172,17 +186,15 @@ class UcxTransport:
 
     def _wait(self, deadline: float, busy: bool, together: int) -> ReceiveSlot | None:
         """A frame as soon as there are so many; what there is, if anything, after a nap: a wakeup can be lost."""
-        polled = time.monotonic() + self._spin * busy
-        times = int(polled * 1e9), int(min(deadline, polled + (BUSY_SLEEP_S if busy else self._nap)) * 1e9)
+        polled, nap = time.monotonic() + self._spin * busy, BUSY_SLEEP_S if busy else self._nap
+        times = int(polled * 1e9), int(nap * 1e9), int(min(deadline, polled + nap) * 1e9)
         while True:
-            waiting = self._awaiting_rows + self._posted  # what began to arrive first is delivered first
-            receives = np.array([slot.request for slot in waiting], np.int64)
-            sends = np.array([request for peer in self._sending for request in peer.requests], np.int64)
+            receives, sends = self._receives, [peer.requests for peer in self._sending]
             # Rows apart are asked for when their header is there: then nobody waits for other headers.
-            wanted = 1 if self._rows_apart else min(together, len(waiting))
+            wanted = 1 if self._rows_apart else min(together, receives.count)
             what = ucp.wait(
-                self._ucx.functions, self._handle, self._files, receives, self._statuses[: len(waiting)], sends,
-                self._woken, wanted, times,
+                self._ucx.functions, self._handle, self._files, receives.table, receives.count,
+                np.concatenate(sends) if sends else NO_SENDS, self._woken, wanted, times,
             )  # fmt: skip
             if what < wanted:
                 self._replace_stuck_receives()
@@ -191,18 +203,16 @@ class UcxTransport:
             if what == ucp.SENT:
                 self._sending = [peer for peer in self._sending if peer.advance()]
                 continue
-            self._take_ended(waiting)
+            self._take_ended()
             if self._ready:
                 return self._ready.popleft()
             self._post_receives()
 
-    def _take_ended(self, waiting: list[ReceiveSlot]) -> None:
-        for slot, status in zip(waiting, self._statuses.tolist(), strict=False):
-            if status != ucp.IN_PROGRESS:
-                (self._awaiting_rows if slot.expects_rows else self._posted).remove(slot)
-                frame = self._accept(slot, status)
-                if frame is not None:
-                    self._ready.append(frame)
+    def _take_ended(self) -> None:
+        for slot, status in self._receives.take_ended():
+            frame = self._accept(slot, status)
+            if frame is not None:
+                self._ready.append(frame)
 
     def _settle(self) -> None:
         """Take notice of a ``wake``."""
@@ -229,8 +239,7 @@ class UcxTransport:
         except BadFrame:
             return self._drop(slot, "malformed")
         if apart and slot.header.row_bytes:
-            slot.post_rows(self._handle)
-            self._awaiting_rows.append(slot)
+            self._receives.add(slot, slot.post_rows(self._handle))
             return None
         slot.show_rows()
         return self._deliver(slot)
@@ -249,20 +258,21 @@ class UcxTransport:
 
     def _post_receives(self) -> None:
         """Post what is missing from the window. While every slot is held, messages wait inside UCX."""
-        while len(self._posted) < self._window and (self._free or self._slots_left):
+        receives = self._receives
+        while receives.count - receives.apart < self._window and (self._free or self._slots_left):
             if not self._free:
                 self._slots_left -= 1
-                self._free.append(ReceiveSlot(self._ucx, self._slot_bytes, self._device, self._recycle))
+                shape = self._slots_left, self._slot_bytes, self._device
+                self._free.append(ReceiveSlot(self._ucx, *shape, self._recycle))
             slot = self._free.pop()
-            slot.post(self._handle)
-            self._posted.append(slot)
+            receives.add(slot, slot.post(self._handle))
 
     def _replace_stuck_receives(self) -> None:
         """Post one more receive when a message waits although some are posted.
 
         Those are matched with messages whose senders died halfway: UCX never completes them.
         """
-        if len(self._posted) >= self._window:
+        if self._receives.count - self._receives.apart >= self._window:
             api = self._ucx.api
             if self._worker.tag_probe(api.UCXXTag(FRAME_TAG), api.UCXXTagMaskFull).matched:
                 self._window += 1
@@ -278,7 +288,7 @@ class UcxTransport:
             os.close(self._wake_fd)
         for peer in self._peers:
             peer.close()
-        waiting = [slot.request for slot in self._posted + self._awaiting_rows if slot.request > 0]
+        waiting = [request for request in self._receives.requests() if request > 0]
         for request in waiting:
             ucp.cancel(self._ucx.functions, self._handle, request)
         for _ in range(CLOSING_ROUNDS):

@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.transport import ucp
 from shared.transport.base import HEADER_BYTES, Header
 from shared.transport.buffers import Block, size_class
-
-FRAME_TAG = 1
-"""Every frame travels under this tag; rows apart under one of their own, with the top bit set."""
+from shared.transport.ucp import FRAME_TAG
 
 
 class Ucx:
@@ -78,12 +78,11 @@ class SendBuffer(Block):
         self.users = 0
         super().__init__(capacity)
 
-    def start(self, endpoint: int) -> list[int]:
+    def start(self, endpoint: int, requests: NDArray[np.int64]) -> None:
         """Hand the frame to UCX: one request per message."""
-        requests = [self._ucx.send(endpoint, self.memory, self.message_bytes, FRAME_TAG)]
+        requests[0] = self._ucx.send(endpoint, self.memory, self.message_bytes, FRAME_TAG)
         if self.apart is not None and self.row_bytes:
-            requests.append(self._ucx.send(endpoint, self.apart, self.row_bytes, int(self.rows_tag[0])))
-        return requests
+            requests[1] = self._ucx.send(endpoint, self.apart, self.row_bytes, int(self.rows_tag[0]))
 
     def let_go(self) -> None:
         self.users -= 1
@@ -97,13 +96,15 @@ class UcxPeer:
     def __init__(self, ucx: Ucx, endpoint: Any) -> None:
         self._ucx = ucx
         self._endpoint = endpoint
-        self._handle: int = endpoint.handle
+        self.handle: int = endpoint.handle
         self._closed = False
         self._broken = False
         self._queue: deque[SendBuffer] = deque()
         self._flying: SendBuffer | None = None
-        self.requests: list[int] = []
-        """Of the frame that UCX holds."""
+        self.requests = np.zeros(2, np.int64)
+        """Of the frame that UCX holds, also when compiled code has sent it; 0: none."""
+        self.kept: dict[int, object] = {}
+        """What compiled code sends from: UCX may read it for as long as there is an endpoint."""
 
     @property
     def alive(self) -> bool:
@@ -115,22 +116,23 @@ class UcxPeer:
 
     def advance(self) -> bool:
         """Start what can be started. True while UCX holds a frame; frames to a dead peer vanish."""
-        while True:
+        while not self._busy():
             if self._flying is not None:
-                self._look(self.requests)
-                if self.requests:
-                    return True
                 self._flying.let_go()
             self._flying = self._queue.popleft() if self._queue else None
             if self._flying is None:
                 return False
             if self.alive:
-                self.requests = self._flying.start(self._handle)
+                self._flying.start(self.handle, self.requests)
+        return True
 
-    def _look(self, requests: list[int]) -> None:
-        statuses = [(request, self._ucx.ended(request)) for request in requests]
-        self.requests = [request for request, status in statuses if status == ucp.IN_PROGRESS]
-        self._broken |= any(status < 0 for _, status in statuses)
+    def _busy(self) -> bool:
+        for i, request in enumerate(self.requests.tolist()):
+            status = self._ucx.ended(request)
+            self._broken |= status < 0
+            if status != ucp.IN_PROGRESS:
+                self.requests[i] = 0
+        return bool(self.requests.any())
 
     def close(self) -> bool:
         """Forget what is queued, close the endpoint. True while UCX still holds a frame.
@@ -148,11 +150,13 @@ class ReceiveSlot(Block):
     """Memory of one received frame, posted to UCX while nobody holds it."""
 
     header: Header
-    request: int
 
-    def __init__(self, ucx: Ucx, capacity: int, device: torch.device, recycle: Callable[["ReceiveSlot"], None]) -> None:
+    def __init__(
+        self, ucx: Ucx, number: int, capacity: int, device: torch.device, recycle: Callable[["ReceiveSlot"], None]
+    ) -> None:
+        """``number``: no other slot of this transport has it."""
         super().__init__(capacity)
-        self._ucx = ucx
+        self._ucx, self.number = ucx, number
         self._device = device
         self._recycle = recycle
         self._fence = Fence(device)
@@ -161,15 +165,15 @@ class ReceiveSlot(Block):
         """The request is that for rows apart."""
         self.held = False
 
-    def post(self, worker: int) -> None:
-        """Receive the next frame into this slot."""
+    def post(self, worker: int) -> int:
+        """Receive the next frame into this slot; returns a request."""
         # A message shorter than a header must not revive the one that was here before.
         self.bytes[:HEADER_BYTES] = 0
         self.expects_rows = False
-        self.request = self._ucx.receive(worker, self.memory, self.capacity, FRAME_TAG)
+        return self._ucx.receive(worker, self.memory, self.capacity, FRAME_TAG)
 
-    def post_rows(self, worker: int) -> None:
-        """Receive the rows that follow the header apart, into memory of the device."""
+    def post_rows(self, worker: int) -> int:
+        """Receive the rows that follow the header apart, into memory of the device; returns a request."""
         nbytes, self.expects_rows = self.header.row_bytes, True
         if nbytes > len(self._spare):
             self._spare = torch.empty(size_class(nbytes), dtype=torch.uint8, device=self._device)
@@ -177,7 +181,7 @@ class ReceiveSlot(Block):
         self._fence.wait()
         self.keep_rows(self._spare)
         self.lay_out_as(self.header)
-        self.request = self._ucx.receive(worker, self._spare, nbytes, int(self.rows_tag[0]))
+        return self._ucx.receive(worker, self._spare, nbytes, int(self.rows_tag[0]))
 
     def show_rows(self) -> None:
         """Lay out rows that came in one message with their header."""
@@ -192,3 +196,37 @@ class ReceiveSlot(Block):
             self.held = False
             self._fence.mark()
             self._recycle(self)
+
+
+class Receives:
+    """The receives that UCX holds, with the slots that they fill; those for rows, of which headers are there, first."""
+
+    def __init__(self, most: int) -> None:
+        self.table = np.zeros((most, 4), np.int64)
+        """See ucp.py."""
+        self.count = 0
+        self.apart = 0
+        """How many are for rows."""
+        self._slots: dict[int, ReceiveSlot] = {}
+
+    def add(self, slot: ReceiveSlot, request: int) -> None:
+        place = self.apart if slot.expects_rows else self.count
+        self.table[place + 1 : self.count + 1] = self.table[place : self.count]
+        self.table[place] = request, ucp.IN_PROGRESS, slot.memory.data_ptr(), slot.number
+        self._slots[slot.number] = slot
+        self.apart += slot.expects_rows
+        self.count += 1
+
+    def take_ended(self) -> list[tuple[ReceiveSlot, int]]:
+        """Those that have ended, with their status, in the order in which they began to arrive."""
+        rows = self.table[: self.count]
+        over = rows[:, ucp.STATUS] != ucp.IN_PROGRESS
+        ended = [(self._slots[number], status) for _, status, _, number in rows[over].tolist()]
+        left = rows[~over]
+        self.table[: len(left)] = left
+        self.count -= len(ended)
+        self.apart -= sum(slot.expects_rows for slot, _ in ended)
+        return ended
+
+    def requests(self) -> list[int]:
+        return self.table[: self.count, ucp.REQUEST].tolist()

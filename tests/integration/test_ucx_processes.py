@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from shared.transport.base import FrameKind, Header
-from shared.transport.ucp import IN_PROGRESS
+from shared.transport.ucp import FRAME_TAG, IN_PROGRESS
 from shared.transport.ucx import POSTED_RECEIVES, UcxTransport
-from shared.transport.ucx_frames import FRAME_TAG
 from tests.ucx_echo import DYING, MAX_FRAME
 from tests.ucx_process import Echo, receive, round_trip
 
@@ -118,7 +117,7 @@ def send_raw(raw: UcxTransport, peer, message: bytes, target: UcxTransport) -> N
     ucx = raw._ucx
     before = sum(target.dropped.values())
     memory = torch.frombuffer(bytearray(message or b"-"), dtype=torch.uint8)
-    request = ucx.send(peer._handle, memory, len(message), FRAME_TAG)
+    request = ucx.send(peer.handle, memory, len(message), FRAME_TAG)
     for _ in range(2000):
         request = 0 if request and ucx.ended(request) != IN_PROGRESS else request
         if not request and sum(target.dropped.values()) > before:

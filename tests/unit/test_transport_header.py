@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shared.errors import BadFrame, TransportError
 from shared.transport.address import seal, unseal
-from shared.transport.base import DTYPES, HEADER_BYTES, FrameKind, Header, body_offset
+from shared.transport.base import DTYPES, HEADER, HEADER_BYTES, FrameKind, Header, body_offset
 from shared.transport.buffers import Block
 
 u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
@@ -86,3 +86,14 @@ def test_a_damaged_address_is_refused(worker: bytes, data: st.DataObject):
     address[data.draw(st.integers(0, len(address) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(TransportError):
         unseal(bytes(address))
+
+
+@given(headers)
+def test_compiled_code_reads_the_same_header(header: Header):
+    buffer = np.zeros(HEADER_BYTES, np.uint8)
+    header.pack_into(buffer)
+    (read,) = buffer.view(HEADER)
+    names = [name for name in HEADER.names or () if name in Header.__slots__]
+    assert len(names) == 17
+    assert {name: int(read[name]) for name in names} == {name: getattr(header, name) for name in names}
+    assert read["trace"].tobytes() == header.trace_id + header.span_id

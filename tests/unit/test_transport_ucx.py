@@ -7,8 +7,8 @@ import torch
 
 from shared.errors import TransportError
 from shared.transport.base import FrameKind, Header
+from shared.transport.ucp import FRAME_TAG
 from shared.transport.ucx import POSTED_RECEIVES, UcxTransport
-from shared.transport.ucx_frames import FRAME_TAG
 
 MAX_FRAME = 4 << 20
 
@@ -63,7 +63,7 @@ def test_a_short_message_never_revives_the_frame_before_it():
         send(b, peer, sequence, rows=4)
         receive(a, sequence, b)
         short = torch.frombuffer(bytearray(b"MOEX"), dtype=torch.uint8)
-        assert b._ucx.send(peer._handle, short, len(short), FRAME_TAG) == 0  # so short that it leaves at once
+        assert b._ucx.send(peer.handle, short, len(short), FRAME_TAG) == 0  # so short that it leaves at once
         while a.dropped["malformed"] == sequence:
             b.receive(0.0)
             assert a.receive(0.001) is None

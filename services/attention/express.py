@@ -1,0 +1,174 @@
+"""Exchanges without the interpreter (shared/express.py), from the attention side: when that may be, and with whom."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.attention.exchange import Halt, Score
+from services.attention.replies import PART_BYTES
+from services.attention.targets import Targets
+from shared.express import ADDED, MOST_ROWS, REFUSED, SENT_NOTHING, STRANGE, ask, collect, compile_asking, march
+from shared.messages import Placement
+from shared.transport.base import HEADER_BYTES, FrameKind, Header, Lane, Peer
+from shared.transport.ucx import BUSY_SLEEP_S
+
+PATIENCE = int(BUSY_SLEEP_S * 1e9), 50_000_000
+"""Nanoseconds of a sleep, for a wakeup can be lost; and for how long nothing but replies is looked at.
+
+Then Python looks for dead instances, deadlines and news."""
+
+
+@dataclass(frozen=True)
+class Addressed:
+    """Everybody who is asked in the layers of a step, as compiled code wants it."""
+
+    placement: Placement
+    live: int
+    peers: tuple[Peer, ...]
+    frame: Tensor
+    """uint8: what is sent lies here."""
+    headers: dict[int, NDArray[np.uint8]]
+    """By layer: all but rows and sequence are filled in."""
+    addresses: NDArray[np.int64]
+    """Of the headers, by the number of the layer among those with experts."""
+    homes: NDArray[np.uint64]
+    """[layers, experts]"""
+    lines: NDArray[np.int64]
+    expected: NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Sent:
+    """A ``Handle``: an open exchange."""
+
+    layer: int
+    sequence: int
+    rows: Tensor
+    started: float
+
+
+class Express:
+    """One exchange at a time, with all instances alike, whose gate chooses. Belongs to the compute thread.
+
+    ``mesh``, ``incarnation``: what frames are signed with.
+    """
+
+    def __init__(self, lane: Lane, targets: Targets, *, mesh: int, incarnation: int, hidden: int, top_k: int) -> None:
+        compile_asking()
+        self._lane, self._targets = lane, targets
+        self._mesh, self._incarnation, self._hidden, self._top_k = mesh, incarnation, hidden, top_k
+        self._to: Addressed | None = None
+        self._on = False
+        self.choices = np.zeros((0, 0, top_k), np.uint32)
+        """[layers, T, k]: the same of all layers of the last ``march``."""
+        self._room = np.zeros((MOST_ROWS, top_k), np.uint32)
+        self.open: Sent | None = None
+        self.chosen = self._room[:0]
+        """uint32 [T, k], ascending: the experts of the rows that were added last; valid until the next exchange."""
+
+    def begin(self, allowed: bool) -> None:
+        """A step begins; ``allowed``: nothing else forbids it."""
+        placement, live = self._targets.placement, self._targets.live
+        self._on = allowed and placement is not None and live != 0 and not self._targets.suspects()
+        if not self._on or placement is None:
+            return
+        peers, old = tuple(self._targets.peers(live)), self._to
+        if old is None or old.placement is not placement or old.live != live or old.peers != peers:
+            self._to = self._address(placement, live, peers)
+            self._on = self._to is not None
+
+    def _address(self, placement: Placement, live: int, peers: tuple[Peer, ...]) -> Addressed | None:
+        """None: layers do not ask the same instances."""
+        if any(self._targets.asked(layer) != live for layer in placement.moe_layers):
+            return None
+        frame = torch.empty(HEADER_BYTES + 4 * MOST_ROWS * self._hidden, dtype=torch.uint8)
+        headers = {layer: self._header(placement, live, layer) for layer in placement.moe_layers}
+        lines = np.array([self._lane.line(peer, frame) for peer in peers], np.int64)
+        bits = self._targets.incarnations(live)
+        expected = np.array([(i, bit.bit_length() - 1) for i, bit in bits.items()], np.uint64).view(np.int64)
+        addresses = np.array([headers[layer].ctypes.data for layer in placement.moe_layers], np.int64)
+        homes = np.stack([self._targets.homes[layer] for layer in placement.moe_layers])
+        return Addressed(placement, live, peers, frame, headers, addresses, homes, lines, expected)
+
+    def _header(self, placement: Placement, live: int, layer: int) -> NDArray[np.uint8]:
+        written = np.zeros(HEADER_BYTES, np.uint8)
+        us, version = self._incarnation, placement.version
+        header = Header(FrameKind.DISPATCH, self._mesh, us, 0, 0, placement.epoch, us, version, live, layer)
+        header.columns = self._hidden
+        header.pack_into(written)
+        return written
+
+    def dispatch(self, layer: int, rows: Tensor, sequence: int) -> Sent | None:
+        """Send rows [T, hidden]; None: they have to go another way."""
+        to, count = self._to, len(rows)
+        fits = 0 < count <= MOST_ROWS and rows.dtype is torch.float32 and rows.is_contiguous()
+        if not self._on or to is None or self.open or not fits:
+            return None
+        header, started = to.headers[layer].ctypes.data, time.monotonic()
+        frame, where = to.frame.data_ptr(), rows.data_ptr()
+        if not ask(self._lane.functions, to.lines, frame, header, where, count, self._hidden, sequence):
+            return None
+        self.open = Sent(layer, sequence, rows, started)
+        return self.open
+
+    def combine(self, sent: Sent, x: Tensor) -> bool:
+        """x [T, hidden] += the weighted parts of all replies. False: what has come is for Python to take."""
+        lane, to, self.open = self._lane, self._to, None
+        count, now = lane.enter(), time.monotonic_ns()
+        if not count or to is None or not x.is_contiguous():
+            return False
+        self.chosen = self._room[: len(x)]
+        nap, patience = PATIENCE
+        times = now, nap, now + patience
+        result = collect(
+            lane.functions, lane.worker, lane.files, lane.receives, count, lane.capacity, lane.woken, times,
+            to.frame.data_ptr(), to.expected, self._targets.homes[sent.layer], self.chosen, x.data_ptr(),
+        )  # fmt: skip
+        if result == STRANGE:
+            lane.leave()
+        return result == ADDED
+
+    def march(
+        self, score: Score, first: int, rows: Tensor, x: Tensor, sequence: int
+    ) -> tuple[Halt, int, list[tuple[int, float]]] | None:
+        """See ``Exchange``; ``sequence``: of the first exchange.
+
+        Returns where it stopped, how many exchanges were begun, and of those that are done the layer's number and how
+        many seconds each took; ``choices`` are what their rows have chosen.
+        """
+        lane, to, count = self._lane, self._to, len(rows)
+        posted = lane.enter() if self._on and to is not None and not self.open and count <= MOST_ROWS else 0
+        if not posted or to is None:
+            return None
+        self.choices = np.empty((len(score.layers), count, self._top_k), np.uint32)
+        taken = np.zeros(len(score.layers), np.int64)
+        entry, result = march(
+            lane.functions, lane.worker, lane.files, lane.receives, posted, lane.capacity, lane.woken, PATIENCE,
+            score.entries, first, to.lines, to.expected, to.frame.data_ptr(), to.addresses, x.data_ptr(),
+            rows.data_ptr(), self._hidden, sequence, to.homes, self.choices, taken,
+        )  # fmt: skip
+        if result == STRANGE:
+            lane.leave()
+        if result == REFUSED:
+            raise ValueError("a kernel of this step refused its input (an index is out of range) or had no memory")
+        done = [(number, seconds / 1e9) for number, seconds in enumerate(taken.tolist()) if seconds]
+        if entry == len(score.entries):
+            return Halt(entry, None), len(done), done
+        if result == SENT_NOTHING:
+            return Halt(entry + 1, None), len(done), done
+        layer = score.layers[int(score.entries[entry, 3])]
+        self.open = Sent(layer, sequence + len(done), rows, time.monotonic())
+        return Halt(entry + 1, self.open), len(done) + 1, done
+
+    def sent_bytes(self, rows: int) -> int:
+        """Of the rows of one exchange."""
+        return 4 * rows * self._hidden * len(self._to.lines if self._to else ())
+
+    def received_bytes(self, rows: int) -> int:
+        """Of the replies to one exchange."""
+        parts = rows * self._top_k
+        return parts * 4 * self._hidden + len(self._to.lines if self._to else ()) * parts * PART_BYTES

@@ -1,0 +1,201 @@
+"""Exchanges without the interpreter: the same sums, and whatever is unusual is left to those who have the rules."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from services.attention.exchange import ExpertInstance, View
+from services.attention.mesh_exchange import MeshExchange
+from shared.activation import PARTS
+from shared.kernels.base import select_kernels
+from shared.messages import Placement
+from shared.transport.base import FrameKind, Header, Incoming, Peer
+from shared.transport.ucx import UcxTransport
+
+CPU, HIDDEN, MESH, US = torch.device("cpu"), 32, 7, (1 << 63) + 5
+FRAME = 1 << 18
+Trick = Callable[["Expert", "Reply"], None]
+
+
+@dataclass
+class Reply:
+    """What an expert is about to send."""
+
+    header: Header
+    parts: np.ndarray
+    rows: torch.Tensor
+
+
+class Expert(threading.Thread):
+    """Answers with the row itself times (1 + expert) for its only expert; ``trick`` may send something else before."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(daemon=True)
+        self.number, self.incarnation = number, (1 << 63) + 100 + number
+        self.transport = UcxTransport(FRAME)
+        self.trick: Callable[[Expert, Reply], None] = lambda expert, reply: None
+        self.ended = False
+        self._peer: Peer | None = None
+
+    def run(self) -> None:
+        while not self.ended:
+            incoming = self.transport.receive(0.05)
+            if incoming is not None:
+                self._take(incoming)
+                incoming.release()
+
+    def _take(self, incoming: Incoming) -> None:
+        asked = incoming.header
+        if asked.kind == FrameKind.HELLO:
+            self._peer = self.transport.connect(incoming.meta.tobytes())
+            return
+        if asked.kind == FrameKind.PING:
+            pong = replace(asked, kind=FrameKind.PONG, sender=self.incarnation)
+            self.send(Reply(pong, np.zeros(0, PARTS), torch.empty(0, HIDDEN)))
+        if asked.kind != FrameKind.DISPATCH:
+            return
+        parts = np.zeros(asked.rows, PARTS)
+        parts["token"], parts["expert"], parts["weight"] = np.arange(asked.rows), self.number, 0.5
+        header = replace(asked, kind=FrameKind.COMBINE, sender=self.incarnation, digest=1)
+        reply = Reply(header, parts, incoming.rows * (1 + self.number))
+        self.trick(self, reply)
+        self.send(reply)
+
+    def send(self, reply: Reply) -> None:
+        assert self._peer is not None
+        frame = self.transport.outgoing(reply.parts.nbytes, len(reply.rows), HIDDEN, torch.float32)
+        frame.meta[:] = reply.parts.view(np.uint8)
+        frame.rows.copy_(reply.rows)
+        self.transport.send([self._peer], replace(reply.header), frame)
+
+
+class Pool:
+    """Two experts, each with one of a row's two, and the attention side."""
+
+    def __init__(self) -> None:
+        self.experts = [Expert(0), Expert(1)]
+        self.transport = UcxTransport(FRAME)
+        self.exchange = MeshExchange(
+            self.transport, select_kernels(CPU, 1), hidden=HIDDEN, dtype=torch.float32, top_k=2, mesh=MESH,
+            incarnation=US, deadline=5.0,
+        )  # fmt: skip
+        homes = np.array([1, 2], "<u8").tobytes()
+        placement = Placement(
+            version=1,
+            epoch=1,
+            digest="d",
+            author="t",
+            reason="t",
+            instances=("e0", "e1"),
+            moe_layers=(0,),
+            experts=2,
+            homes=homes,
+        )
+        instances = {
+            f"e{e.number}": ExpertInstance(f"e{e.number}", e.incarnation, e.transport.address, 0.0)
+            for e in self.experts
+        }
+        for expert in self.experts:
+            expert.start()
+        self.exchange.update(View(placement, instances))
+
+    def check(self, rows: int) -> None:
+        """One step of one layer gives the sums that it should."""
+        hidden = torch.randn(rows, HIDDEN)
+        x = torch.zeros(rows, HIDDEN)
+        self.exchange.begin(rows)
+        self.exchange.combine(self.exchange.dispatch(0, hidden), x)
+        self.exchange.end()
+        torch.testing.assert_close(x, 0.5 * hidden + 0.5 * 2 * hidden)
+
+    @property
+    def express(self) -> int:
+        return self.exchange.stats().express
+
+    def close(self) -> None:
+        for expert in self.experts:
+            expert.ended = True
+            expert.join(10)
+            expert.transport.close()
+        self.exchange.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    made = Pool()
+    made.check(2)  # links are measured, senders known
+    made.check(2)
+    yield made
+    made.close()
+
+
+def test_plain_exchanges_go_without_the_interpreter(pool: Pool):
+    before = pool.express
+    for rows in (1, 3, 64):
+        pool.check(rows)
+    stats = pool.exchange.stats()
+    assert stats.express == before + 3
+    assert not stats.repeats
+    assert not stats.dropped
+
+
+def test_more_rows_than_are_recorded_go_the_ordinary_way(pool: Pool):
+    before = pool.express
+    pool.check(65)
+    assert pool.express == before
+
+
+def late(expert: Expert, reply: Reply) -> None:
+    expert.send(replace(reply, header=replace(reply.header, sequence=reply.header.sequence - 1)))
+
+
+def foreign(expert: Expert, reply: Reply) -> None:
+    expert.send(replace(reply, header=replace(reply.header, sender=12345)))
+
+
+def doubled(expert: Expert, reply: Reply) -> None:
+    expert.send(reply)
+
+
+@pytest.mark.parametrize(("trick", "reason"), [(late, "late"), (foreign, "foreign"), (doubled, "duplicate")])
+def test_a_reply_that_nobody_awaits_is_dropped_and_counted_in_python(pool: Pool, trick: Trick, reason: str):
+    pool.experts[1].trick = trick
+    pool.check(4)
+    pool.experts[1].trick = lambda expert, reply: None
+    pool.check(4)
+    pool.check(4)
+    stats = pool.exchange.stats()
+    assert stats.dropped[reason] or (reason == "duplicate" and stats.dropped["late"])
+    assert not stats.repeats
+
+
+def test_experts_that_disagree_are_asked_again(pool: Pool):
+    wrong = iter((2,))
+    pool.experts[0].trick = lambda expert, reply: setattr(reply.header, "digest", next(wrong, 1))
+    before = pool.express
+    pool.check(4)
+    stats = pool.exchange.stats()
+    assert stats.repeats["digest"] == 1
+    assert stats.express == before
+
+
+def test_parts_of_an_expert_that_has_no_home_there_are_never_added(pool: Pool):
+    wrong = iter((0,))
+
+    def trick(expert: Expert, reply: Reply) -> None:
+        reply.parts["expert"] = next(wrong, 1)
+
+    pool.experts[1].trick = trick
+    pool.check(4)
+    assert pool.exchange.stats().repeats["parts"] == 1
+
+
+def test_a_wake_in_the_middle_of_an_exchange_loses_nothing(pool: Pool):
+    pool.experts[0].trick = lambda expert, reply: pool.exchange.wake()
+    for rows in (1, 2, 3):
+        pool.check(rows)
+    assert not pool.exchange.stats().repeats
