@@ -65,7 +65,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("autoscaling")
     (directory / "pace.json").write_text(json.dumps(FIGURES))
     write_profile(directory / "fitted.json", fitted(), open_source("").digest)
-    times = {"autoscale_window_s": "6", "autoscale_cooldown_s": "8", "autoscale_idle_s": "6"}
+    times = {"autoscale_window_s": "2", "autoscale_cooldown_s": "3", "autoscale_idle_s": "2"}
     files = {"pace": str(directory / "pace.json"), "profile": str(directory / "fitted.json")}
     return {**files, **times, "slo_tpot_ms": "120", "drain_s": "10", "no_home_deadline": "100"}
 
@@ -99,7 +99,7 @@ def test_pools_follow_the_load_and_a_hand_and_no_answer_changes(settings: dict[s
             assert "requests/s" in grown["autoscaling"]["why"]
             load.rate = LOW
             until(mesh, lambda report: ready(report, "experts") == 1 and ready(report, "attention") == 1)
-            assert "autoscaling goes on after 8 s" in mesh.scale(Pool.EXPERTS, 2)
+            assert "autoscaling goes on after 3 s" in mesh.scale(Pool.EXPERTS, 2)
             until(mesh, lambda report: ready(report, "experts") == 1)
         assert load.texts() == {expected}
         metrics = mesh.metrics_of("scheduler-0")
