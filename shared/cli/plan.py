@@ -85,11 +85,12 @@ def plan(
 def given_options(ctx: typer.Context) -> set[str]:
     """Those that stand on the command line, whatever their values."""
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    return {f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    given = (name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+    return {f"--{name.replace('_', '-')}" for name in given}
 
 
 def check_together(given: set[str]) -> None:
-    """Raises ConfigError for options of which one would be ignored, and where neither devices nor a profile are named."""
+    """Raises ConfigError for options of which one would be ignored, and for neither devices nor a profile."""
     from shared.errors import ConfigError
 
     for option, says, others in OPTIONS_APART:
