@@ -22,14 +22,14 @@ demo: setup  ## start a small mesh on the embedded model, stream a completion, s
 	$(BIN)/moemesh demo
 
 test: setup  ## every test that this machine can run: BESIDE each other where load does no harm, then the others
-	@$(MAKE) --jobs=3 --keep-going --output-sync=target $(BESIDE); beside=$$?; \
+	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync=target $(BESIDE); beside=$$?; \
 	$(BIN)/pytest tests $(patsubst test-%,--ignore=tests/%,$(filter test-%,$(BESIDE))) && exit $$beside
 
 test-%: setup  ## the tests of one directory, as in test-unit
 	$(BIN)/pytest tests/$*
 
 check: setup  ## what CI runs: lint and every test
-	@$(MAKE) test BESIDE="test-parity test-compose lint test-unit"
+	@$(MAKE) --no-print-directory test BESIDE="test-parity test-compose lint test-unit"
 
 lint: setup  ## ruff and pyright
 	$(BIN)/ruff check .
