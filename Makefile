@@ -4,10 +4,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bars bench clean
+.PHONY: help setup demo test check lint format bars clean
+
+BESIDE := test-parity test-compose test-unit
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 setup: $(STAMP)  ## create .venv with pinned dependencies
 
@@ -19,13 +21,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## start a small mesh on the embedded model, stream a completion, stop
 	$(BIN)/moemesh demo
 
-test: setup  ## every test that this machine can run; containers beside those that only compute
-	@mkdir -p build; $(BIN)/pytest tests/compose > build/compose.log 2>&1 & compose=$$!; \
-	status=0; $(BIN)/pytest tests/parity || status=$$?; \
-	wait $$compose || status=$$?; cat build/compose.log; rm -f build/compose.log; \
-	$(BIN)/pytest tests --ignore tests/parity --ignore tests/compose || status=$$?; exit $$status
+test: setup  ## every test that this machine can run: BESIDE each other where load does no harm, then the others
+	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync=target $(BESIDE); beside=$$?; \
+	$(BIN)/pytest tests $(patsubst test-%,--ignore=tests/%,$(filter test-%,$(BESIDE))) && exit $$beside
 
-lint: setup  ## what CI checks before the tests
+test-%: setup  ## the tests of one directory, as in test-unit
+	$(BIN)/pytest tests/$*
+
+check: setup  ## what CI runs: lint and every test
+	@$(MAKE) --no-print-directory test BESIDE="test-parity test-compose lint test-unit"
+
+lint: setup  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

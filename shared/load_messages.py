@@ -68,6 +68,9 @@ class Served(Message):
     """Requests,"""
     prompt_tokens: Counted
     """and tokens of their prompts."""
+    refused: Counted
+    """Of these requests, because too many were open. One that a client sends again counts again: while an overload
+    lasts, the rate is high by what is tried again rather than low by what is turned away."""
     output_tokens: Counted
     """Sent."""
     ended: Counted

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from shared.bus import Bus
 from shared.kernels.threads import thread_environment
@@ -13,8 +14,10 @@ from shared.nats_server import NatsServer
 
 
 def pytest_configure() -> None:
-    """Kernels want their environment before torch and numba are imported, as in the services."""
+    """Kernels want their environment before torch and numba are imported, as in the services. No example is timed."""
     os.environ.update(thread_environment(len(os.sched_getaffinity(0)), os.environ))
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 
 @pytest.fixture

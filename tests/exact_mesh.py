@@ -166,7 +166,8 @@ def start_experts(
 def make_exchange(parts: Parts, network: MemoryNetwork, incarnation: int) -> Exchange:
     return MeshExchange(
         network.transport(max_frame_bytes=4 << 20), parts.kernels, hidden=parts.spec.hidden, dtype=torch.float32,
-        top_k=parts.spec.router.top_k, mesh=MESH_HASH, incarnation=incarnation, deadline=0.1, give_up=20.0, pause=0.002,
+        top_k=parts.spec.router.top_k, mesh=MESH_HASH, incarnation=incarnation, deadline=0.02, give_up=20.0,
+        pause=0.002,
     )  # fmt: skip
 
 

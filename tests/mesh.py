@@ -58,11 +58,11 @@ class RunningMesh:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def scale(self, pool: Pool, count: int, dry_run: bool = False) -> str:
-        """``moemesh scale``: what a person sees once it is done. Raises NotScaled."""
+    def scale(self, pool: Pool, count: int, dry_run: bool = False, limit: float = SCALED_LIMIT_S) -> str:
+        """``moemesh scale``: what a person sees once it is done, or at once without a limit. Raises NotScaled."""
         out = io.StringIO()
         request = Scale(pool=pool, count=count, dry_run=dry_run)
-        limit = 0.0 if dry_run else SCALED_LIMIT_S
+        limit = 0.0 if dry_run else limit
         self.call(ask(self.mesh.nats_url, self.mesh.options.mesh, request, Console(file=out, width=160), limit))
         return out.getvalue()
 

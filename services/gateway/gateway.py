@@ -90,7 +90,7 @@ class Gateway:
 
     async def pieces(self, jobs: Sequence[Job], headers: Mapping[str, str], name: str) -> AsyncGenerator[Piece, None]:
         """Run jobs under one span, within the bound on open requests. Closing the generator cancels them."""
-        self._admit(len(jobs))
+        self._admit(jobs)
         timing = Timing(self.metrics, self.tally, jobs)
         deadline = asyncio.get_running_loop().time() + self._config.request_deadline
         outcome: str | None = "error"
@@ -142,10 +142,11 @@ class Gateway:
         self.metrics.prompt_tokens += sum(len(prompt.ids) for prompt in prompts)
         return jobs
 
-    def _admit(self, choices: int) -> None:
-        if self._open + choices > self._config.max_queue:
+    def _admit(self, jobs: Sequence[Job]) -> None:
+        if self._open + len(jobs) > self._config.max_queue:
+            self.tally.refuse(len(jobs), sum(len(job.prompt) for job in jobs))
             raise Unavailable(f"the server is full: {self._open} requests are open", "full")
-        self._open += choices
+        self._open += len(jobs)
 
     async def _prompt(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str):

@@ -21,7 +21,8 @@ class Tally:
 
     def _begin(self) -> None:
         self._since = self._clock()
-        self._arrived = self._prompt_tokens = self._output_tokens = self._ended = self._ended_tokens = 0
+        self._arrived = self._prompt_tokens = self._refused = 0
+        self._output_tokens = self._ended = self._ended_tokens = 0
         self._inter, self._first = Buckets(WAIT_EDGES), Buckets(WAIT_EDGES)
 
     def arrive(self, requests: int, prompt_tokens: int) -> None:
@@ -29,6 +30,12 @@ class Tally:
         self.open += requests
         self._arrived += requests
         self._prompt_tokens += prompt_tokens
+
+    def refuse(self, requests: int, prompt_tokens: int) -> None:
+        """Requests were turned away because too many are open: whoever sizes the pools should know that they came."""
+        self._arrived += requests
+        self._prompt_tokens += prompt_tokens
+        self._refused += requests
 
     def first(self, wait_s: float, tokens: int) -> None:
         """The first tokens of a request were sent."""
@@ -54,6 +61,7 @@ class Tally:
             seconds=self._clock() - self._since,
             arrived=self._arrived,
             prompt_tokens=self._prompt_tokens,
+            refused=self._refused,
             output_tokens=self._output_tokens,
             ended=self._ended,
             ended_tokens=self._ended_tokens,

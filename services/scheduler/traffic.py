@@ -57,8 +57,9 @@ class Observed:
 
     seconds: float
     arrived: int
-    """Requests."""
+    """Requests, with those that were refused."""
     prompt_tokens: int
+    refused: int
     output_tokens: int
     ended: int
     ended_tokens: int
@@ -94,7 +95,7 @@ class Observed:
     @property
     def _there(self) -> int:
         """Requests that tokens were sent for, at least."""
-        return max(self.arrived, self.open)
+        return max(self.arrived - self.refused, self.open)
 
 
 @dataclass
@@ -160,6 +161,7 @@ class Traffic:
             seconds=span,
             arrived=total("arrived"),
             prompt_tokens=total("prompt_tokens"),
+            refused=total("refused"),
             output_tokens=total("output_tokens"),
             ended=total("ended"),
             ended_tokens=total("ended_tokens"),

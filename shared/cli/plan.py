@@ -15,7 +15,21 @@ if TYPE_CHECKING:
     from shared.planning.session import Answer, Question
 
 
+OPTIONS_APART = (
+    (
+        "--profile",
+        "a profile is of the machine that it was made on",
+        ("--hardware", "--attention-hardware", "--expert-hardware", "--link", "--per-node", "--hardware-file"),
+    ),
+    ("--profile", "activated experts are counted in the trace beside a profile, or in --trace", ("--zipf", "--bound")),
+    ("--trace", "activated experts are counted in the trace", ("--zipf", "--bound")),
+    ("--bound", "the bound takes no routing", ("--zipf",)),
+)
+"""An option, what it says, and those that would be ignored beside it."""
+
+
 def plan(
+    ctx: typer.Context,
     model: Annotated[Path, typer.Option(help="directory of a checkpoint, or a config.json alone")],
     slo_tpot_ms: Annotated[float, typer.Option(min=0.001, help="time per output token, mean")],
     rate: Annotated[float, typer.Option(min=1e-6, help="requests per second")],
@@ -43,7 +57,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> None:
     """Find the fewest (or cheapest) devices that keep a time per token, and say why. All times are computed."""
-    _one_of(hardware, attention_hardware, expert_hardware, profile)
+    check_together(given_options(ctx))
     from shared.planning.assemble import Names
     from shared.planning.hardware import FILE
     from shared.planning.session import Question, refusal
@@ -68,13 +82,21 @@ def plan(
         _print(question, given)
 
 
-def _one_of(hardware: str, attention: str, experts: str, profile: Path | None) -> None:
-    """Devices by name, or this machine. Raises ConfigError for both and for neither."""
+def given_options(ctx: typer.Context) -> set[str]:
+    """Those that stand on the command line, whatever their values."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = (name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+    return {f"--{name.replace('_', '-')}" for name in given}
+
+
+def check_together(given: set[str]) -> None:
+    """Raises ConfigError for options of which one would be ignored, and for neither devices nor a profile."""
     from shared.errors import ConfigError
 
-    if profile and (hardware or attention or experts):
-        raise ConfigError("--profile", "a profile is of the machine that it was made on: leave out --hardware")
-    if not profile and not hardware and not (attention and experts):
+    for option, says, others in OPTIONS_APART:
+        if option in given and (ignored := [other for other in others if other in given]):
+            raise ConfigError(option, f"{says}: leave out {' and '.join(ignored)}")
+    if not given & {"--profile", "--hardware"} and not given >= {"--attention-hardware", "--expert-hardware"}:
         raise ConfigError("--hardware", "name a device, as in --hardware h100, or give a --profile of this machine")
 
 

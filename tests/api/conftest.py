@@ -8,7 +8,7 @@ from tests.api.stack import FakeMesh, fake_mesh, in_thread
 from tests.mesh import running_mesh
 
 
-@pytest.fixture(scope="session", params=["fake", "mesh"])
+@pytest.fixture(scope="package", params=["fake", "mesh"])
 def api_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One mesh for all tests that break nothing: a gateway over a fake attention instance, and a real 1A2E mesh."""
     if request.param == "fake":

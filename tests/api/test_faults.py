@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shared.load_messages import Served
+from shared.messages import Subjects
 from shared.request_messages import Decision
 from tests.api.sse import post, send_request
 from tests.api.stack import FakeMesh, fake_mesh, until
@@ -352,6 +354,8 @@ async def test_a_request_waits_for_another_instance_only_so_long(tmp_path, troub
 async def test_a_full_server_says_so_and_recovers(tmp_path):
     async with fake_mesh(tmp_path, max_queue=3) as mesh, httpx.AsyncClient(base_url=mesh.url, timeout=30) as http:
         mesh.fake.step_s = 0.05
+        told: list[Served] = []
+        await mesh.bus.subscribe(Subjects(mesh.mesh).served, Served, told.append, ordered=True)
         async with post(mesh.url, "/v1/completions", STREAM | {"n": 2}) as stream:
             await stream.line()
             status, error, headers = await error_status(http, n=2)
@@ -361,6 +365,8 @@ async def test_a_full_server_says_so_and_recovers(tmp_path):
         await until(lambda: len(mesh.fake.cancelled) == 2)
         await complete(http, n=3, max_tokens=1)
         assert (await error_status(http, n=4))[0] == 400
+        await until(lambda: sum(report.arrived for report in told) == 2 + 2 + 1 + 3)
+        assert sum(report.refused for report in told) == 2, "those that could have been served another time"
 
 
 async def test_bodies_over_the_limit(tmp_path):

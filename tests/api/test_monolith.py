@@ -29,7 +29,7 @@ def instances() -> list[dict[str, Any]]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)["instances"]
 
 
-@pytest.mark.parametrize("api_url", ["mesh"], indirect=True, scope="session")
+@pytest.mark.parametrize("api_url", ["mesh"], indirect=True, scope="package")
 def test_a_monolith_answers_with_the_tokens_and_logprob_bits_of_a_mesh(api_url: str) -> None:
     with up("--monolith", "--mesh", MESH) as (process, _):
         url = ready_url(process)

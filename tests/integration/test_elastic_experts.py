@@ -28,10 +28,10 @@ BODIES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[list[Any]]:
+def alone() -> list[Any]:
     """What one instance gives that holds every expert itself."""
     with running_mesh(attention=1, experts=0, mesh="elastic-alone") as mesh:
-        yield outputs(mesh, BODIES)
+        return outputs(mesh, BODIES)
 
 
 @pytest.mark.parametrize(
@@ -50,34 +50,12 @@ def test_a_model_larger_than_the_memory_for_experts_gives_the_same_bits(alone, a
             assert 0 < seen("moemesh_expert_calls_waited_total") < seen("moemesh_expert_calls_total")
 
 
-def test_experts_that_nobody_calls_are_stopped_and_come_back(alone):
-    settings = {"expert_memory": "20MB", "keep_alive": "1"}
-    with running_mesh({}, attention=1, experts=1, mesh="elastic-idle", settings=settings) as mesh:
-        assert outputs(mesh, BODIES) == alone
-        seen = (mesh.metrics_of("experts-0")("moemesh_replicas") for _ in range(MOST_LOOKS))
-        assert 0 in seen, "nobody was stopped"
-        assert outputs(mesh, BODIES) == alone
-
-
 def test_a_budget_below_one_row_is_refused_with_the_least_that_works():
     with (
         pytest.raises(ChildDied, match=r"--expert-memory.*a row needs 4: at least 393216"),
         running_mesh({}, attention=1, experts=1, mesh="elastic-small", settings={"expert_memory": "300kB"}),
     ):
         pass
-
-
-def test_the_pool_goes_to_no_instance_and_back_and_requests_wait_for_it(alone) -> None:
-    settings = {"expert_memory": "12MB", "no_home_deadline": "120"}
-    with (
-        running_mesh({}, attention=1, experts=1, mesh="to-none", settings=settings) as mesh,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        assert outputs(mesh, BODIES) == alone
-        assert "experts: 0 ready" in mesh.scale(Pool.EXPERTS, 0)
-        waiting = pool.submit(outputs, mesh, BODIES)
-        mesh.scale(Pool.EXPERTS, 1)
-        assert waiting.result(120) == alone
 
 
 def placement_of(mesh: RunningMesh) -> Placement:
@@ -117,3 +95,26 @@ def test_homes_follow_the_load_that_is_foreseen_and_no_bit_changes(alone) -> Non
                 break
         assert now.reason.startswith("experts follow their load: ")
         assert homes_on(now, 1) > 60, "a third of all homes at least has moved"
+
+
+@pytest.fixture(scope="module")
+def idle() -> Iterator[RunningMesh]:
+    """One whose experts are stopped soon when nobody calls them."""
+    settings = {"expert_memory": "12MB", "keep_alive": "1", "no_home_deadline": "120"}
+    with running_mesh({}, attention=1, experts=1, mesh="elastic-idle", settings=settings) as mesh:
+        yield mesh
+
+
+def test_experts_that_nobody_calls_are_stopped_and_come_back(alone: list[Any], idle: RunningMesh) -> None:
+    assert outputs(idle, BODIES) == alone
+    seen = (idle.metrics_of("experts-0")("moemesh_replicas") for _ in range(MOST_LOOKS))
+    assert 0 in seen, "nobody was stopped"
+    assert outputs(idle, BODIES) == alone
+
+
+def test_the_pool_goes_to_no_instance_and_back_and_requests_wait_for_it(alone: list[Any], idle: RunningMesh) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert "experts: 0 ready" in idle.scale(Pool.EXPERTS, 0)
+        waiting = pool.submit(outputs, idle, BODIES)
+        idle.scale(Pool.EXPERTS, 1)
+        assert waiting.result(120) == alone

@@ -1,6 +1,5 @@
 """Two attention instances that run steps together, over real UCX: whichever way, the bits of one instance alone."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,10 +18,10 @@ BODIES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[list[Any]]:
+def alone() -> list[Any]:
     """What one instance gives that holds every expert itself."""
     with running_mesh(attention=1, experts=0, mesh="groups-alone") as mesh:
-        yield outputs(mesh, BODIES)
+        return outputs(mesh, BODIES)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.traffic import traffic
 
 MESH = "rebalance"
 LAYERS, EXPERTS, SLOTS = 6, 32, 18
-BODY = {"prompt": "In the beginning God created", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+BODY = {"prompt": "In the beginning God created", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
 LOW, HIGH = tuple(range(16)), tuple(range(16, 32))
 
 

@@ -6,14 +6,11 @@ instance; the two expert processes, the placement and the addresses are the runn
 
 import secrets
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from services.attention.batching import Chunk
 from services.attention.exchange import ExpertInstance, View
@@ -27,14 +24,11 @@ from shared.exchange_frames import longest_frame
 from shared.kernels.base import select_kernels
 from shared.models.decoder import Decoder
 from shared.models.loader import Checkpoint, open_checkpoint
-from shared.models.presets import make_checkpoint
-from shared.models.source import DEMO
 from shared.request_messages import SamplingParams, Submit
 from shared.transport.ucx import UcxTransport
-from tests.mesh import RunningMesh, running_mesh
+from tests.mesh import RunningMesh
 
 CPU = torch.device("cpu")
-MESH = "logits"
 LENGTHS = (2, 17, 64, 150, 230)
 ROWS = sum(LENGTHS)
 BLOCK = 16
@@ -42,19 +36,9 @@ BLOCKS = 64
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=["tiny-qwen3", "tiny-mixtral", "demo"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Name and path of a checkpoint."""
-    path = DEMO
-    if request.param != "demo":
-        path = tmp_path_factory.mktemp("model") / request.param
-        make_checkpoint(request.param, path)
-    return request.param, path
-
-
 def view_of(mesh: RunningMesh) -> View:
     """The experts of a running mesh, as its own attention instance sees them."""
-    members, record = mesh.call(look(mesh.mesh.nats_url, MESH))
+    members, record = mesh.call(look(mesh.mesh.nats_url, mesh.mesh.options.mesh))
     beats = [(m.heartbeat, m.last_seen) for m in members]
     instances = [ExpertInstance(b.id, b.incarnation, b.experts.address, seen) for b, seen in beats if b.experts]
     return View(record.committed if record else None, {instance.id: instance for instance in instances})
@@ -90,7 +74,7 @@ def mesh_logits(mesh: RunningMesh, checkpoint: Checkpoint, prompts: list[list[in
     with closing(UcxTransport(longest_frame(ROWS, spec.router.top_k, spec.hidden))) as transport:
         exchange = MeshExchange(
             transport, kernels, hidden=spec.hidden, dtype=torch.float32, top_k=spec.router.top_k,
-            mesh=mesh_hash(MESH, checkpoint.digest), incarnation=secrets.randbits(64), deadline=10.0,
+            mesh=mesh_hash(mesh.mesh.options.mesh, checkpoint.digest), incarnation=secrets.randbits(64), deadline=10.0,
         )  # fmt: skip
         exchange.update(view_of(mesh))
         runner = ModelRunner(decoder, decoder.new_cache(BLOCKS, BLOCK), exchange, BLOCK)
@@ -104,22 +88,16 @@ def mesh_logits(mesh: RunningMesh, checkpoint: Checkpoint, prompts: list[list[in
     return [torch.cat(both) for both in zip(prefill, decode, strict=True)]
 
 
-def reference_logits(path: Path, prompts: list[list[int]]) -> list[Tensor]:
-    """The same from transformers, prompt by prompt."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.inference_mode():
-        return [model(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
-
-
-def test_logits_of_prompts_in_one_batch_are_those_of_transformers(served: tuple[str, Path]) -> None:
-    name, path = served
-    checkpoint = open_checkpoint(str(path))
+def test_logits_of_prompts_in_one_batch_are_those_of_transformers(served: tuple[RunningMesh, Any]) -> None:
+    mesh, reference = served
+    checkpoint = open_checkpoint(mesh.mesh.options.model)
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(3, checkpoint.spec.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
-    with running_mesh(model=str(path), attention=1, experts=2, mesh=MESH, settings={"dtype": "float32"}) as mesh:
-        found = mesh_logits(mesh, checkpoint, prompts)
-    for prompt, ours, theirs in zip(prompts, found, reference_logits(path, prompts), strict=True):
+    found = mesh_logits(mesh, checkpoint, prompts)
+    for prompt, ours in zip(prompts, found, strict=True):
+        with torch.inference_mode():
+            theirs = reference(torch.tensor([prompt])).logits[0].float()
         worst = float((ours - theirs).abs().max())
-        print(f"{name}, prompt of {len(prompt)}: logits {list(ours.shape)}, max abs difference {worst:.2e}")
+        print(f"{checkpoint.source.name}, prompt of {len(prompt)}: max abs difference of logits {worst:.2e}")
         assert ours.shape == theirs.shape
         assert worst <= TOLERANCE

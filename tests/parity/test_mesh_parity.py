@@ -1,38 +1,17 @@
 """The real mesh (1A2E, processes, UCX) against transformers on the same checkpoint, fp32."""
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from shared.models.presets import make_checkpoint
-from tests.mesh import RunningMesh, running_mesh
+from tests.mesh import RunningMesh
 
 TOKENS = 128
 LENGTHS = (1, 3, 17, 40, 64, 100, 150, 230)
 TOLERANCE = 1e-4
-
-
-MODELS = ["tiny-qwen3", "tiny-mixtral", "demo"]
-each_model = pytest.mark.parametrize("served", MODELS, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RunningMesh, Any]]:
-    """A 1A2E mesh and transformers' model of the same checkpoint."""
-    path = Path(__file__).parents[2] / "models" / "demo"
-    if request.param != "demo":
-        path = tmp_path_factory.mktemp("model") / request.param
-        make_checkpoint(request.param, path)
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    with running_mesh(model=str(path), mesh="parity", settings={"dtype": "float32"}) as mesh:
-        yield mesh, reference
 
 
 def prompts(vocab: int) -> list[list[int]]:
@@ -69,7 +48,6 @@ def together(mesh: RunningMesh, bodies: list[dict[str, Any]]) -> list[dict[str, 
     return answers
 
 
-@each_model
 def test_eight_prompts_together_give_the_greedy_tokens_of_transformers(served: tuple[RunningMesh, Any]) -> None:
     mesh, model = served
     asked = prompts(model.config.vocab_size)
@@ -87,7 +65,6 @@ def test_eight_prompts_together_give_the_greedy_tokens_of_transformers(served: t
             assert gap < TOLERANCE, f"prompt of {len(prompt)} tokens differs at output token {at}, gap {gap:.2e}"
 
 
-@each_model
 def test_logprobs_through_the_mesh_match_transformers(served: tuple[RunningMesh, Any]) -> None:
     """log p = logit - logsumexp on both sides, so equal log-probabilities of many tokens mean equal logits."""
     mesh, model = served
@@ -101,7 +78,7 @@ def test_logprobs_through_the_mesh_match_transformers(served: tuple[RunningMesh,
             assert abs(got[position] - float(expected[position - 1, prompt[position]])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("served", ["demo"], indirect=True, scope="module")  # the one that has a language
+@pytest.mark.parametrize("served", ["demo"], indirect=True, scope="package")  # the one that has a language
 def test_text_completion_is_what_transformers_writes(served: tuple[RunningMesh, Any]) -> None:
     mesh, model = served
     tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)

@@ -55,10 +55,10 @@ def waits(count: int = 0, each_s: float = 0.0) -> Waits:
 
 def served(gateway: str = "g", incarnation: int = 1, seconds: float = 1.0, **facts: object) -> Served:
     """A report of nothing but ``facts``."""
-    nothing = {"arrived": 0, "prompt_tokens": 0, "output_tokens": 0, "ended": 0, "ended_tokens": 0, "open": 0}
+    counts = "arrived", "prompt_tokens", "refused", "output_tokens", "ended", "ended_tokens", "open"
     times = {"inter": waits(), "first": waits()}
     identity = {"gateway": gateway, "incarnation": incarnation, "seconds": seconds}
-    return Served.model_validate({**nothing, **times, **identity, **facts})
+    return Served.model_validate({**dict.fromkeys(counts, 0), **times, **identity, **facts})
 
 
 def steady_traffic(rate: int, output: int, tpot_s: float, seconds: int = 30) -> Traffic:

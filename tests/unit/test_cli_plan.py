@@ -81,6 +81,9 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "error", "problem"),
     [
+        ([*H100, "--zipf", "1"], ConfigError, "^--bound: .*: leave out --zipf$"),
+        ([*H100, "--trace", "a.trace"], ConfigError, "^--trace: .*: leave out --bound$"),
+        (["--expert-hardware", "h100"], ConfigError, "^--hardware: name a device"),
         (["--hardware", "h1000"], ConfigError, "known are h100, h200, a100, l40s"),
         ([*H100, "--link", "string"], ConfigError, "--link: 'string' is unknown"),
         ([*H100, "--most", "3"], ConfigError, "3 instances are too few"),

@@ -63,10 +63,35 @@ def test_it_is_printed_with_where_its_times_come_from(profiled: tuple[Path, Path
 
 def test_both_or_neither_of_profile_and_hardware_are_refused(profiled: tuple[Path, Path]) -> None:
     model, file = profiled
-    with pytest.raises(ConfigError, match=r"--profile: .*leave out --hardware"):
+    with pytest.raises(ConfigError, match=r"--profile: .*leave out --hardware$"):
         run(model, "--profile", str(file), "--hardware", "h100")
     with pytest.raises(ConfigError, match=r"--hardware: name a device.* or give a --profile"):
         run(model)
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        ("--link", "infiniband"),
+        ("--per-node", "8"),
+        ("--hardware-file", "mine.toml"),
+        ("--attention-hardware", "h100"),
+        ("--zipf", "0.6"),
+        ("--bound",),
+    ],
+)
+def test_what_a_profile_would_ignore_is_refused_even_with_its_default(
+    profiled: tuple[Path, Path], ignored: tuple[str, ...]
+) -> None:
+    model, file = profiled
+    with pytest.raises(ConfigError, match=f"^--profile: .*: leave out {ignored[0]}$"):
+        run(model, "--profile", str(file), *ignored)
+
+
+def test_a_trace_of_ones_own_takes_the_place_of_the_profiles(profiled: tuple[Path, Path]) -> None:
+    model, file = profiled
+    facts = json.loads(run(model, "--profile", str(file), "--trace", str(file.with_suffix(".trace")), "--json"))
+    assert "320 rows" in facts["tables"]["about"]
 
 
 def test_a_profile_of_another_model_is_refused(profiled: tuple[Path, Path], tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_outputs_are_as_long_as_those_that_ended_else_as_what_was_sent() -> None
     assert traffic((1.0, sent), (2.0, ended)).seen(10.0, 2.0).output == 100
 
 
+def test_refused_requests_are_demand_and_say_nothing_of_outputs() -> None:
+    seen = traffic((1.0, served(arrived=10, prompt_tokens=50, refused=8, output_tokens=60))).seen(10.0, 2.0)
+    assert (seen.rate, seen.prompt, seen.output) == (5.0, 5.0, 30.0)
+    refused = traffic((5.0, served(arrived=1, refused=1)))
+    assert refused.idle_s(12.0) == 7.0
+    assert refused.rates(6.0, 2, 12.0).tolist() == [1 / 6, 0.0]
+
+
 def test_idle_is_since_anything_was_open_or_came() -> None:
     made = traffic((5.0, served(open=1)), (9.0, served()))
     assert made.idle_s(12.0) == 7.0
