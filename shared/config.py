@@ -117,6 +117,9 @@ class SchedulerConfig(MeshConfig):
     target_layer_ms: float = setting(
         0.0, "elastic experts get the fewest homes with which a layer takes so long; 0: as even as memory allows"
     )
+    target_prefill_layer_ms: float = setting(
+        0.0, "the same for steps that compute prompts, --target-layer-ms then being for all others; 0: for all together"
+    )
     actuator: ActuatorName = setting(  # noqa: RUF009
         "none",
         "who starts and stops instances: none, local (`moemesh up`), compose (Docker Engine), kubernetes "

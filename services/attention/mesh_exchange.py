@@ -96,7 +96,7 @@ class MeshExchange:
             self._targets, self._sender, self._lockstep, self._sum, self._stats, Scratch(device), self._receive,
             incarnation=incarnation, dtype=dtype, deadline=deadline, give_up=self._give_up,
         )  # fmt: skip
-        self._repeats = 0
+        self._repeats, self._prefill = 0, False
         self._tap = tap
         self._sequence = 0
         self._probe_at = 0.0
@@ -163,7 +163,8 @@ class MeshExchange:
 
     # ---- a step -----------------------------------------------------------------------------------------
 
-    def begin(self, rows: int) -> bool:
+    def begin(self, rows: int, prefill: bool = False) -> bool:
+        self._prefill = prefill
         placement = self._targets.placement
         standing = Standing(placement.version if placement else 0, self._targets.live)
         group = self._lockstep.begin(rows, standing)
@@ -185,7 +186,7 @@ class MeshExchange:
         self._sequence += 1
         now = time.monotonic()
         pending = Pending(layer, self._sequence, rows, now, now + self._give_up, self._deadline, self._pause)
-        pending.trace, pending.way = trace, self._choice.way
+        pending.trace, pending.way, pending.prefill = trace, self._choice.way, self._prefill
         self._inbox.open[pending.sequence] = pending
         self._attempts.begin(pending)
         return pending
