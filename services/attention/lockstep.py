@@ -242,7 +242,7 @@ class Lockstep:
     def prefills(self, group: Group, layer: int) -> bool:
         """Whether a member has given rows of a step that computes prompts."""
         given = (self._kept(group, layer, incarnation) for incarnation, _ in group.members)
-        return any(share.header.flags & Flag.PREFILL for share in given if share)
+        return any(share.header.flags & Flag.PREFILL for share in given if share is not None)
 
     def scatter(self, group: Group, layer: int, total: Tensor) -> None:
         """The leader's part: to each member the sums of its rows, of ``total`` fp32 [T, H]."""

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.attention.batching import Batcher, Limits, refusal
+from services.attention.batching import Batcher, Limits, prefills, refusal
 from services.attention.kv_cache import BlockPool
 from services.attention.sequence import Sequence
 from shared.request_messages import SamplingParams, Submit

@@ -97,11 +97,12 @@ def test_the_last_prompts_count_until_there_are_others_or_there_was_none_for_lon
     foresight.add(foreseen([1.0, 1.0]), now=30)
     seen = foresight.seen(LAYER, 2, now=30, prefill=True)
     assert seen and seen[0].tolist() == [[1.0, 0.0], [3.0, 0.0]]
-    assert foresight.seen(LAYER, 2, now=SILENT_S + 1.1, prefill=True) is None
-    assert foresight.seen(LAYER, 2, now=SILENT_S + 1.1) is not None
     foresight.add(phases([0.0, 0.0], [0.0, 1.0], exchanges=1), now=40)
     seen = foresight.seen(LAYER, 2, now=40, prefill=True)
-    assert seen is None or seen[0].tolist() == [[0.0, 1.0]]
+    assert seen and seen[0].tolist() == [[0.0, 1.0]]
+    foresight.add(foreseen([1.0, 1.0]), now=40 + SILENT_S)
+    assert foresight.seen(LAYER, 2, now=40.1 + SILENT_S, prefill=True) is None
+    assert foresight.seen(LAYER, 2, now=40.1 + SILENT_S) is not None
 
 
 def test_the_instance_that_foresaw_most_exchanges_stands_for_the_layer() -> None:
@@ -273,10 +274,14 @@ def test_few_prompts_beyond_their_target_are_reason_enough_for_other_homes() -> 
 def test_homes_that_one_phase_needs_are_not_given_up_for_the_other() -> None:
     room, everywhere = Room(slots=(16, 16), layers=1), np.ones((2, 8), np.bool_)
     decode = Traffic(np.array([[0.5, 0, 0, 0, 0, 0, 0, 0]]), 50, target=1.0)
-    moves = moves_of([decode, Traffic(PREFILL, 1, target=99.0)], everywhere, room)
-    assert homes_after(moves, 2).sum() < 12
-    needed = moves_of([decode, Traffic(PREFILL, 1, target=16.0)], everywhere, room)
-    assert not needed or busiest(PREFILL, homes_after(needed, 2)) <= 16.0
+    prefill = np.array([[9.0, 6, 6, 6, 2, 2, 2, 2]])
+    loose, tight = (
+        homes_after(moves_of([decode, Traffic(prefill, 1, target=target)], everywhere, room), 2)
+        for target in (99.0, 17.6)
+    )
+    assert loose.sum() == 8
+    assert busiest(prefill, tight) <= 17.6
+    assert 8 < tight.sum() < 16
 
 
 @st.composite
