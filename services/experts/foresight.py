@@ -33,7 +33,7 @@ class LoadSums:
         self._now = self._fresh()
 
     def add(self, layer: int, loads: NDArray[np.float32], prefill: bool = False) -> None:
-        """Expected rows [experts] of one exchange of a layer, by index; ``prefill``: of a step that computes prompts."""
+        """Expected rows [experts] of one exchange of a layer, by index; ``prefill``: its step computes prompts."""
         (sums, exchanges), those = self._now, slice(1 + prefill)
         sums[those, layer, 0] += loads
         sums[those, layer, 1] -= np.expm1(-np.maximum(loads, 0))

@@ -48,7 +48,7 @@ class Moemesh:
         self._next = 0.0
 
     def step(self, index: int, now: float) -> Spent:
-        work, before = self.work, max(0, index - 1)
+        work, before, rules = self.work, max(0, index - 1), self._rules[int(self.work.prefill[index])]
         if now >= self._next and index >= FEWEST_STEPS:
             self._next = now + self.settings.period_s
             homes = self._planner.homes(index, self.layers, self.pool)
@@ -56,7 +56,7 @@ class Moemesh:
         if self.parts.keep_alive:
             fill(now, self._rare, self.pool, self._times)
         result = elastic_step(
-            now, work.loads[index], work.predicted[index], work.loads[before], self._known, self._rules[int(work.prefill[index])],
+            now, work.loads[index], work.predicted[index], work.loads[before], self._known, rules,
             self.pool, self._costs, self._times,
         )  # fmt: skip
         for layer, loads in enumerate(work.loads[index]):

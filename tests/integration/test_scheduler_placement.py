@@ -292,7 +292,11 @@ async def until_leading(leader: Leader) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("lease_s", 0.0), ("homes", -1), ("prepare_deadline", 0.0), ("rebalance_s", -1.0), ("target_layer_ms", -1.0),
+        ("lease_s", 0.0),
+        ("homes", -1),
+        ("prepare_deadline", 0.0),
+        ("rebalance_s", -1.0),
+        ("target_layer_ms", -1.0),
         ("target_prefill_layer_ms", -1.0),
     ],
 )

@@ -236,27 +236,27 @@ def test_a_target_time_that_is_met_changes_nothing() -> None:
     assert (layer_homes([Traffic(np.ones((1, 4)), target=3.0)], before, room) == before).all()
 
 
-DECODE, PREFILL = np.array([[2.0, 1, 0, 0, 0, 0, 0, 0]]), np.array([[6.0, 6, 6, 6, 2, 2, 2, 2]])
+DECODE, PREFILL = np.array([[10.0, 1, 1, 1, 1, 1, 1, 1]]), np.array([[2.0, 2, 2, 2, 2, 2, 2, 20]])
 APART = np.array([[1, 0, 1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 1, 0, 1]], np.bool_)
 
 
 def test_homes_meet_the_targets_of_both_phases_and_are_fewer_for_one_of_them_alone() -> None:
-    room = Room(slots=(16, 16), layers=1)
-    decode, prefill = Traffic(DECODE, 50, target=1.6), Traffic(PREFILL, 1, target=16.5)
+    room = Room(slots=(8, 8), layers=1)
+    decode, prefill = Traffic(DECODE, 50, target=9.1), Traffic(PREFILL, 1, target=18.5)
     both = layer_homes([decode, prefill], APART, room)
-    assert busiest(DECODE, both) <= 1.6
-    assert busiest(PREFILL, both) <= 16.5
-    for loose in (Traffic(PREFILL, 1, target=99.0), None):
-        fewer = layer_homes([decode, loose] if loose else [decode], APART, room)
-        assert busiest(DECODE, fewer) <= 1.6
-        assert fewer.sum() <= both.sum()
+    assert busiest(DECODE, both) <= 9.1
+    assert busiest(PREFILL, both) <= 18.5
+    for traffic in ([decode, Traffic(PREFILL, 1, target=99.0)], [decode]):
+        fewer = layer_homes(traffic, APART, room)
+        assert busiest(DECODE, fewer) <= 9.1
+        assert fewer.sum() < both.sum()
 
 
 def test_a_phase_without_a_target_gets_homes_as_even_as_they_can_be() -> None:
     room = Room(slots=(16, 16), layers=1)
     even = layer_homes([Traffic(DECODE)], APART, room)
     open_end = layer_homes([Traffic(DECODE, 1e6), Traffic(PREFILL, 1.0, target=99.0)], APART, room)
-    aimed = layer_homes([Traffic(DECODE, target=2.5), Traffic(PREFILL, target=99.0)], APART, room)
+    aimed = layer_homes([Traffic(DECODE, target=10.5), Traffic(PREFILL, target=99.0)], APART, room)
     assert busiest(DECODE, open_end) == pytest.approx(busiest(DECODE, even))
     assert aimed.sum() < open_end.sum()
 

@@ -91,7 +91,7 @@ def test_steps_that_compute_prompts_are_told_apart_and_may_have_a_threshold_of_t
     for name in ("paper", "moemesh"):
         same, loose = run(name, threshold=0.2, prefill_threshold=0.2), run(name, threshold=0.2, prefill_threshold=9.0)
         assert same.as_dict() == run(name, threshold=0.2).as_dict()
-        assert loose.times[steps.prefill].mean() > same.times[steps.prefill].mean(), "no replica is added for them"
+        assert loose.warm < same.warm, "no replica is added for them"
 
 
 def test_every_part_can_be_left_out() -> None:

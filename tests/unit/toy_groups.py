@@ -80,8 +80,8 @@ class GroupMesh:
                 for step in range(count):
                     barrier.wait(60)
                     exchange = self.members[number].exchange
-                    options = {"rounded": self.rounded, "prefill": number == prefill}
-                    assert run_step(exchange, rows[number], 100 * step + number, **options)
+                    seed, prompts = 100 * step + number, number == prefill
+                    assert run_step(exchange, rows[number], seed, rounded=self.rounded, prefill=prompts)
             except Exception as error:  # noqa: BLE001 - reported by the test's thread
                 failures[number] = error
                 barrier.abort()
