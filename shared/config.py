@@ -118,7 +118,7 @@ class SchedulerConfig(MeshConfig):
         0.0, "elastic experts get the fewest homes with which a layer takes so long; 0: as even as memory allows"
     )
     target_prefill_layer_ms: float = setting(
-        0.0, "the same for steps that compute prompts, --target-layer-ms then being for all others; 0: for all together"
+        0.0, "milliseconds of steps that compute prompts, --target-layer-ms being of the others then; 0: one for both"
     )
     actuator: ActuatorName = setting(  # noqa: RUF009
         "none",
