@@ -25,7 +25,7 @@ from elastic import MOST_WAITS, options
 from elastic_traffic import Counts, converse, counts, text_ids
 from numpy.typing import NDArray
 
-from services.scheduler.scaling import Room, busiest, layer_homes
+from services.scheduler.scaling import Room, Traffic, busiest, layer_homes
 from shared.cli.mesh import LocalMesh
 from shared.cli.status import look
 from shared.messages import Placement
@@ -118,7 +118,7 @@ def best_load(placement: Placement, active: dict[int, NDArray[np.float64]], slot
     for layer, masks in zip(placement.moe_layers, homes_array(placement).astype(np.uint64), strict=True):
         mean = active[layer].mean(axis=0)[None]
         room = Room(slots, len(placement.moe_layers))
-        total += busiest(mean, layer_homes(mean, to_residents(masks, count), room))
+        total += busiest(mean, layer_homes([Traffic(mean)], to_residents(masks, count), room))
     return total
 
 

@@ -117,6 +117,9 @@ class SchedulerConfig(MeshConfig):
     target_layer_ms: float = setting(
         0.0, "elastic experts get the fewest homes with which a layer takes so long; 0: as even as memory allows"
     )
+    target_prefill_layer_ms: float = setting(
+        0.0, "milliseconds of steps that compute prompts, --target-layer-ms being of the others then; 0: one for both"
+    )
     actuator: ActuatorName = setting(  # noqa: RUF009
         "none",
         "who starts and stops instances: none, local (`moemesh up`), compose (Docker Engine), kubernetes "

@@ -18,7 +18,7 @@ Bytes = NDArray[np.uint8]
 
 
 class Flag(IntFlag):
-    """Of DISPATCH and ROUTED frames, in ``Header.flags``: what their meta begins with, in this order."""
+    """Of DISPATCH and ROUTED frames, in ``Header.flags``: what their meta begins with, in this order, and more."""
 
     SHARE = 1
     """A Share: these are some rows of a group's exchange."""
@@ -26,6 +26,8 @@ class Flag(IntFlag):
     """One uint64: mask of the instances that these rows are for; who gets them passes them on and merges replies."""
     PARTIAL = 4
     """Nothing in the meta. Answer with one weighted sum for each row instead of every part."""
+    PREFILL = 8
+    """Nothing in the meta. The step computes prompts. For the books alone: no answer depends on it."""
 
 
 SUMS = 1 << 15

@@ -44,6 +44,10 @@ class Foreseen(Message):
     """How many were foreseen."""
     sums: bytes
     """fp32 little-endian [2, experts], over these exchanges: expected rows, and probability of being activated."""
+    prefill_exchanges: Count = 0
+    """How many of them were of steps that compute prompts,"""
+    prefill_sums: bytes = b""
+    """and the sums over these; empty: there were none."""
 
 
 class Waits(Message):

@@ -99,11 +99,12 @@ class Attempts:
             return
         if group.leader != self._incarnation:
             pending.leader = group.leader
-            self._lockstep.send_rows(group, pending.sequence, pending.layer, pending.rows)
+            self._lockstep.send_rows(group, pending.sequence, pending.layer, pending.rows, pending.prefill)
             return
         whole = self._scratch.rows("rows", group.total, pending.rows.shape[1], self._dtype)
         if self._lockstep.collect(group, pending.layer, pending.rows, whole, pending.started + self._deadline):
             pending.mine, pending.rows = pending.rows, whole
+            pending.prefill = pending.prefill or self._lockstep.prefills(group, pending.layer)
         else:
             self._stats.repeats["group"] += 1
             self._part(pending)

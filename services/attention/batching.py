@@ -5,7 +5,7 @@ sequence is older than every waiting one, and the oldest can always push out the
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,11 @@ class Chunk:
     def complete(self) -> bool:
         """The cache has the whole sequence after this chunk: the next token can be chosen."""
         return self.start + self.count == self.sequence.length
+
+
+def prefills(chunks: Iterable[Chunk]) -> bool:
+    """Whether a step computes prompts: more rows of some sequence than the one that its next token needs."""
+    return any(chunk.count > 1 for chunk in chunks)
 
 
 def refusal(request: Submit, limits: Limits) -> Decision | None:

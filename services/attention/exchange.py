@@ -114,8 +114,11 @@ class Exchange(Protocol):
         """True when every expert of every layer has a home that may be asked and is not suspected."""
         ...
 
-    def begin(self, rows: int) -> bool:
-        """A step of so many rows begins. True: instances share its exchanges, and it must be one micro-batch."""
+    def begin(self, rows: int, prefill: bool = False) -> bool:
+        """A step of so many rows begins. True: instances share its exchanges, and it must be one micro-batch.
+
+        ``prefill``: it computes prompts; changes no result.
+        """
         ...
 
     def end(self) -> None:

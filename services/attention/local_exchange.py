@@ -49,7 +49,7 @@ class LocalExchange:
     def ready(self) -> bool:
         return True
 
-    def begin(self, rows: int) -> bool:
+    def begin(self, rows: int, prefill: bool = False) -> bool:
         return False
 
     def end(self) -> None:

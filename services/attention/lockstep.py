@@ -18,6 +18,7 @@ from services.attention.groups import Group, Join, Meeting, Observed, Patience, 
 from services.attention.links import pong
 from services.attention.ways import APART, Way
 from shared.errors import TransportError
+from shared.exchange_frames import Flag
 from shared.transport.base import DTYPES, FrameKind, Header, Incoming, Peer, Transport
 
 Pump = Callable[[float], bool]
@@ -212,11 +213,12 @@ class Lockstep:
 
     # ---- rows and sums ----------------------------------------------------------------------------------
 
-    def send_rows(self, group: Group, sequence: int, layer: int, rows: Tensor) -> None:
-        """A member's rows to the leader."""
+    def send_rows(self, group: Group, sequence: int, layer: int, rows: Tensor, prefill: bool) -> None:
+        """A member's rows to the leader; ``prefill``: of a step that computes prompts."""
         frame = self._transport.outgoing(0, len(rows), rows.shape[1], rows.dtype)
         frame.rows.copy_(rows)
         header = self._header(FrameKind.DISPATCH, sequence, group.number, layer)
+        header.flags = Flag.PREFILL if prefill else 0
         self._transport.send([self._peers[group.leader]], header, frame)
 
     def collect(self, group: Group, layer: int, own: Tensor, whole: Tensor, deadline: float) -> bool:
@@ -236,6 +238,11 @@ class Lockstep:
             whole[first : first + rows] = theirs
             first += rows
         return True
+
+    def prefills(self, group: Group, layer: int) -> bool:
+        """Whether a member has given rows of a step that computes prompts."""
+        given = (self._kept(group, layer, incarnation) for incarnation, _ in group.members)
+        return any(share.header.flags & Flag.PREFILL for share in given if share is not None)
 
     def scatter(self, group: Group, layer: int, total: Tensor) -> None:
         """The leader's part: to each member the sums of its rows, of ``total`` fp32 [T, H]."""

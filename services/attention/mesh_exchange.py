@@ -100,7 +100,7 @@ class MeshExchange:
         )  # fmt: skip
         here = {"hidden": hidden, "top_k": top_k, **signed}
         self._express = Express(transport.lane, self._targets, **here) if transport.lane and not partial else None
-        self._repeats = 0
+        self._repeats, self._prefill = 0, False
         self._tap = tap
         self._sequence = 0
         self._probe_at = 0.0
@@ -169,13 +169,14 @@ class MeshExchange:
 
     # ---- a step -----------------------------------------------------------------------------------------
 
-    def begin(self, rows: int) -> bool:
+    def begin(self, rows: int, prefill: bool = False) -> bool:
+        self._prefill = prefill
         placement = self._targets.placement
         standing = Standing(placement.version if placement else 0, self._targets.live)
         group = self._lockstep.begin(rows, standing)
         self._choice.begin(group, rows)
         if self._express:
-            self._express.begin(allowed=group is None and self._choice.way == SOLO)
+            self._express.begin(allowed=group is None and not prefill and self._choice.way == SOLO)
         if self._tap:
             self._tap.begin(group.number if group else 0)
         self._repeats = self._stats.repeats.total()
@@ -203,7 +204,7 @@ class MeshExchange:
 
     def _pending(self, layer: int, sequence: int, rows: Tensor, started: float) -> Pending:
         pending = Pending(layer, sequence, rows, started, started + self._give_up, self._deadline, self._pause)
-        pending.way = self._choice.way
+        pending.way, pending.prefill = self._choice.way, self._prefill
         self._inbox.open[sequence] = pending
         return pending
 

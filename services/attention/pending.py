@@ -96,6 +96,8 @@ class Pending:
     trace: tuple[bytes, bytes] = NO_TRACE
     replies: dict[int, Reply] = field(default_factory=dict)
     """By the lowest bit of those whose parts are in it."""
+    prefill: bool = False
+    """Some of these rows are of a step that computes prompts."""
     way: Way = SOLO
     group: Group | None = None
     """Whose rows these are; None: of this instance alone."""

@@ -130,9 +130,10 @@ class Sender:
         placement = self._targets.placement
         assert placement is not None  # nobody is asked without one
         group = pending.group.number if pending.group is not None else self._incarnation
+        flags |= self._always | (Flag.PREFILL if pending.prefill else 0)
         return Header(
             kind, self._mesh, self._incarnation, pending.sequence, pending.attempt, placement.epoch, group,
-            placement.version, pending.live, pending.layer, flags=flags | self._always,
+            placement.version, pending.live, pending.layer, flags=flags,
             trace_id=pending.trace[0], span_id=pending.trace[1],
         )  # fmt: skip
 

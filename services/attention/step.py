@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.attention.batching import Chunk
+from services.attention.batching import Chunk, prefills
 from services.attention.exchange import Exchange, Handle, Score
 from services.attention.micro_batches import MicroBatching, split
 from services.attention.sequence import Trace
@@ -147,7 +147,7 @@ class ModelRunner:
         Raises ExchangeUnavailable. The cache then holds the rows of some layers; a repeat writes the same again.
         """
         rows, start = sum(chunk.count for chunk in chunks), time.perf_counter()
-        together = self._exchange.begin(rows)
+        together = self._exchange.begin(rows, prefills(chunks))
         count = 1 if together else self._micro_batching.count(rows)
         try:
             batches = [self._begin(index, part) for index, part in enumerate(split(chunks, count))]

@@ -209,8 +209,11 @@ class Elastic:
             table[self._index[layer], list(experts)] = True
         self._stop(self._residency.adopt(table))
 
-    def foresee(self, layer: int, rows: Tensor, ids: NDArray[np.int32]) -> None:
-        """Start what layers to come will want for rows [T, H] that chose ids [T, k] at ``layer``."""
+    def foresee(self, layer: int, rows: Tensor, ids: NDArray[np.int32], prefill: bool = False) -> None:
+        """Start what layers to come will want for rows [T, H] that chose ids [T, k] at ``layer``.
+
+        ``prefill``: the rows are of a step that computes prompts.
+        """
         predictor = self._predictor
         if predictor is None or not len(rows):
             return
@@ -220,7 +223,7 @@ class Elastic:
             if (layer, distance) in predictor.pairs:
                 loads = predictor.loads(layer, distance, known, ids)
                 if distance == 1:
-                    self.foreseen.add(self._index[layer] + 1, loads)
+                    self.foreseen.add(self._index[layer] + 1, loads, prefill)
                 for expert in self._barred_of(self._index[layer] + distance):
                     loads[expert] = 0.0
                 when = When.NEXT if distance == 1 else When.LATER

@@ -253,7 +253,7 @@ class ExpertServer:
         placement = self._placements.get(header.placement)
         if placement is None or header.layer not in placement.homes:
             raise Refused(Refusal.UNKNOWN_PLACEMENT, f"placement {header.placement} is not loaded here")
-        if placement.instance < 0 and (header.kind == FrameKind.ROUTED or header.flags):
+        if placement.instance < 0 and (header.kind == FrameKind.ROUTED or header.flags & ~Flag.PREFILL):
             raise Refused(Refusal.NO_HOME, f"placement {header.placement} has no homes here")
         return placement
 

@@ -177,6 +177,8 @@ class ExpertsService:
                     experts=load.sums.shape[1],
                     exchanges=load.exchanges,
                     sums=load.sums.astype("<f4").tobytes(),
+                    prefill_exchanges=load.prefill_exchanges,
+                    prefill_sums=load.prefill_sums.astype("<f4").tobytes() if load.prefill_exchanges else b"",
                 )
                 await instance.bus.publish(instance.subjects.foreseen, message)
 

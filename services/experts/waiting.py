@@ -15,6 +15,7 @@ from services.experts.assembly import Assembly
 from services.experts.compute import Plan
 from services.experts.elastic import BrokenExpert, Elastic, Progress
 from services.experts.relay import MICRO_BATCHES
+from shared.exchange_frames import Flag
 from shared.transport.base import Header, Incoming, Peer, Refusal
 
 PATIENCE_S = 30.0
@@ -35,6 +36,12 @@ class Question:
     progress: Progress | None = None
     """Set while experts are missing."""
     since: float = field(default_factory=time.monotonic)
+
+    @property
+    def prefill(self) -> bool:
+        """Whether some of its rows are of a step that computes prompts."""
+        asked = self.assembly.asked.values() if self.assembly else (self.incoming.header,)
+        return any(header.flags & Flag.PREFILL for header in asked)
 
     @property
     def prepared(self) -> Prepared | None:
@@ -86,7 +93,7 @@ class Waiting:
         layer = question.incoming.header.layer
         self._elastic.answered(layer, time.monotonic() - question.since)
         if question.plan and question.rows is not None:
-            self._elastic.foresee(layer, question.rows, question.plan.ids)
+            self._elastic.foresee(layer, question.rows, question.plan.ids, question.prefill)
 
     @property
     def anybody(self) -> bool:

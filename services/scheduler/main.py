@@ -27,6 +27,9 @@ def check(config: SchedulerConfig) -> None:
         raise ConfigError("--expert-scaling-s", f"{config.expert_scaling_s:g} is below 0 seconds")
     if config.target_layer_ms < 0:
         raise ConfigError("--target-layer-ms", f"{config.target_layer_ms:g} is below 0 milliseconds")
+    if config.target_prefill_layer_ms < 0:
+        problem = f"{config.target_prefill_layer_ms:g} is below 0 milliseconds"
+        raise ConfigError("--target-prefill-layer-ms", problem)
     if config.lease_s < MIN_LEASE_S:
         raise ConfigError("--lease-s", f"{config.lease_s:g} is below {MIN_LEASE_S:g} seconds")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from services.scheduler.foresight import Foresight
 from services.scheduler.rebalance import Costs, Move
-from services.scheduler.scaling import Loads, Room, followed
+from services.scheduler.scaling import Loads, Room, Traffic, followed
 from services.scheduler.window import Window
 from shared.config import SchedulerConfig
 from shared.errors import BadMessage
@@ -40,8 +40,8 @@ class Scaler:
 
     def __init__(self, instance: Instance, config: SchedulerConfig, window: Window) -> None:
         self._instance, self._window = instance, window
-        self._target_s = config.target_layer_ms / 1e3
-        self._foresight = Foresight()
+        self._targets_s = config.target_layer_ms / 1e3, config.target_prefill_layer_ms / 1e3
+        self._foresight = Foresight(apart=config.target_prefill_layer_ms > 0)
 
     async def subscribe(self) -> None:
         """Raises BusUnavailable."""
@@ -52,18 +52,19 @@ class Scaler:
         if len(members) < len(committed.instances):
             return []  # there will be a placement without who is gone
         costs = Costs.of(members)
-        room = Room.of(members, len(committed.moe_layers), self._target_s, costs)
-        now = time.monotonic()
-        known = {layer: self._loads(layer, committed.experts, now) for layer in committed.moe_layers}
-        return await asyncio.to_thread(followed, committed, known.get, room, costs)
+        room = Room.of(members, len(committed.moe_layers))
+        known = {layer: self._traffic(layer, committed.experts, costs) for layer in committed.moe_layers}
+        return await asyncio.to_thread(followed, committed, known.__getitem__, room, costs)
 
-    def _loads(self, layer: int, experts: int, now: float) -> tuple[Loads, float] | None:
-        """As foreseen, else as it was."""
-        foreseen = self._foresight.seen(layer, experts, now)
-        if foreseen:
-            return foreseen
+    def _traffic(self, layer: int, experts: int, costs: Costs) -> list[Traffic]:
+        """As foreseen, else as it was. No target is known to be met before an exchange was measured."""
+        now = time.monotonic()
+        targets = [seconds / costs.expert_s if costs.expert_s else 0.0 for seconds in self._targets_s]
+        phases = [self._foresight.seen(layer, experts, now, prefill) for prefill in (False, True)]
+        if any(phases):
+            return [Traffic(*seen, target) for seen, target in zip(phases, targets, strict=True) if seen]
         seen = self._window.seen(layer, experts, now)
-        return (samples_of(seen.active[-LATEST:]), seen.rate) if seen else None
+        return [Traffic(samples_of(seen.active[-LATEST:]), seen.rate, targets[0])] if seen else []
 
     def _foreseen(self, message: Foreseen) -> None:
         try:

@@ -6,7 +6,7 @@ unless every expert has only one.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,6 @@ from shared.placement_watch import homes_array
 
 Loads = NDArray[np.float64]
 """[samples, experts]: activated experts in an exchange of a layer."""
-Look = Callable[[int], tuple[Loads, float] | None]
-"""Layer (checkpoint index) -> its loads, and exchanges per second; None: unknown."""
 
 LEAST_GAIN = 0.03
 """Share of the busiest instance's load; foreseen loads vary by about as much from one look to the next."""
@@ -38,24 +36,39 @@ FEWER = 0.05
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Exchanges of a layer: all of them, or those of decode or of prefill."""
+
+    loads: Loads
+    rate: float = 1.0
+    """Exchanges per second."""
+    target: float = 0.0
+    """Activated experts on the busiest instance that are few enough; 0: as even as homes can make it."""
+
+    def half(self, first: int) -> "Traffic":
+        """Every other sample, from the first or the second on; the only one, if there is no other."""
+        return replace(self, loads=self.loads[min(first, len(self.loads) - 1) :: 2])
+
+
+Look = Callable[[int], Sequence[Traffic]]
+"""Layer (checkpoint index) -> its traffic; empty: unknown."""
+
+
+@dataclass(frozen=True)
 class Room:
     """What a layer may have."""
 
     slots: tuple[int, ...]
     """Residents of all layers on each instance."""
     layers: int
-    target: float = 0.0
-    """Activated experts on the busiest instance that are few enough; 0: as even as homes can make it."""
     broken: tuple[tuple[tuple[int, int], ...], ...] = ()
     """(Layer, expert) that cannot be started, of each instance."""
 
     @classmethod
-    def of(cls, members: Sequence[Member], layers: int, target_s: float, costs: Costs) -> "Room":
-        """``target_s``: of a layer's experts; not known to be met before an exchange was measured."""
+    def of(cls, members: Sequence[Member], layers: int) -> "Room":
         facts = [m.heartbeat.experts.elastic if m.heartbeat.experts else None for m in members]
-        target = target_s / costs.expert_s if costs.expert_s else 0.0
         slots = tuple(fact.slots if fact else 0 for fact in facts)
-        return cls(slots, layers, target, tuple(fact.broken if fact else () for fact in facts))
+        return cls(slots, layers, tuple(fact.broken if fact else () for fact in facts))
 
     def homes(self, experts: int) -> int:
         """Of one layer, all instances together."""
@@ -79,20 +92,20 @@ def followed(placement: Placement, look: Look, room: Room, costs: Costs) -> list
     """
     count, moves, fewer = len(placement.instances), [], []
     for index, masks in enumerate(homes_array(placement).astype(np.uint64)):
-        found = look(placement.moe_layers[index])
-        if found is None:
+        traffic = look(placement.moe_layers[index])
+        if not traffic:
             continue
-        loads, rate = found
         before = to_residents(masks, count)
-        after = layer_homes(loads[::2], before, room)
+        after = layer_homes([phase.half(0) for phase in traffic], before, room)
         if (after & ~before & closed_to(placement.moe_layers[index], room, after.shape)).any():
             continue  # who cannot start an expert is no home for it
-        homes, judged = to_masks(after), loads[1::2] if len(loads) > 1 else loads
-        busy = busiest(judged, before), busiest(judged, after)
-        move = Move(index, homes, moved_replicas(masks, homes), *busy, rate)
+        homes, judged = to_masks(after), [phase.half(1) for phase in traffic]
+        deciding = _deciding(judged, before)
+        busy = _mean(deciding, before), _mean(deciding, after)
+        move = Move(index, homes, moved_replicas(masks, homes), *busy, sum(phase.rate for phase in deciding))
         if busy[1] < busy[0] * (1 - LEAST_GAIN) and move.pays(costs, HORIZON_S):
             moves.append(move)
-        elif after.sum() < before.sum() and busy[1] <= max(busy[0] * (1 + LEAST_GAIN), room.target):
+        elif after.sum() < before.sum() and all(_serves(phase, before, after) for phase in judged):
             fewer.append((int(before.sum() - after.sum()), move))
     given_up = sum(number for number, _ in fewer)
     if given_up > FEWER * int(np.bitwise_count(homes_array(placement)).sum()):
@@ -108,21 +121,59 @@ def closed_to(layer: int, room: Room, shape: tuple[int, ...]) -> Residents:
     return closed
 
 
-def layer_homes(loads: Loads, before: Residents, room: Room) -> Residents:
-    """Homes bool [instances, E] for loads [samples, E], beginning with those that there are."""
-    experts = loads.shape[1]
+def layer_homes(traffic: Sequence[Traffic], before: Residents, room: Room) -> Residents:
+    """Homes bool [instances, E], beginning with those that there are: the fewest that meet the target of every phase.
+
+    As even as memory allows, if one has no target.
+    """
+    experts, loads = before.shape[1], _together(traffic)
     most = room.homes(experts)
-    if not room.target:
+    if not _aimed(traffic):
         return _placed(loads, before, room, most)
     totals = np.unique(np.linspace(experts, most, STAGES + 1).astype(int)).tolist()
-    if busiest(loads, before) <= room.target:
+    if _met(traffic, before):
         totals = [total for total in totals if total < before.sum() * (1 - FEWER)]
     tried = before
     for total in totals:
         tried = _placed(loads, before, room, total)
-        if busiest(loads, tried) <= room.target:
+        if _met(traffic, tried):
             return tried
-    return before if busiest(loads, before) <= room.target else tried
+    return before if _met(traffic, before) else tried
+
+
+def _aimed(traffic: Sequence[Traffic]) -> bool:
+    return all(phase.target for phase in traffic)
+
+
+def _met(traffic: Sequence[Traffic], homes: Residents) -> bool:
+    return all(busiest(phase.loads, homes) <= phase.target for phase in traffic)
+
+
+def _together(traffic: Sequence[Traffic]) -> Loads:
+    """Samples of all phases, which count by their exchanges, or by how little their targets allow."""
+    weights = np.array([1 / phase.target if _aimed(traffic) else phase.rate for phase in traffic])
+    counts = np.array([len(phase.loads) for phase in traffic])
+    shares = weights / weights.sum() * counts.sum() / counts
+    return np.concatenate([phase.loads * share for phase, share in zip(traffic, shares, strict=True)])
+
+
+def _deciding(traffic: Sequence[Traffic], homes: Residents) -> Sequence[Traffic]:
+    """Whose times say whether a change pays: all of them, or whoever is furthest beyond its target."""
+    if not _aimed(traffic):
+        return traffic
+    return [max(traffic, key=lambda phase: busiest(phase.loads, homes) / phase.target)]
+
+
+def _mean(traffic: Sequence[Traffic], homes: Residents) -> float:
+    """Activated experts on the busiest instance, mean over exchanges."""
+    loads, rates = zip(*((busiest(phase.loads, homes), phase.rate) for phase in traffic), strict=True)
+    return float(np.average(loads, weights=rates))
+
+
+def _serves(phase: Traffic, before: Residents, after: Residents) -> bool:
+    """Whether other homes meet its target, or are as good as those before."""
+    busy = busiest(phase.loads, before), busiest(phase.loads, after)
+    return busy[1] <= max(busy[0] * (1 + LEAST_GAIN), phase.target)
 
 
 def _placed(loads: Loads, before: Residents, room: Room, most: int) -> Residents:

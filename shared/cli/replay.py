@@ -41,6 +41,7 @@ def replay(
     seconds: Annotated[float, typer.Option(min=0, help="of the arrivals; 0: all")] = 0.0,
     distance: Annotated[int, typer.Option(min=1, help="layers from what is known to what is predicted")] = 1,
     cv: Annotated[float, typer.Option(min=0, help="coefficient of variation of loads that is even enough")] = 0.2,
+    prefill_cv: Annotated[float | None, typer.Option(min=0, help="of steps that compute prompts; else --cv")] = None,
     budget: Annotated[
         float, typer.Option(min=0, help="memory of `moemesh`, in sizes of all experts once each; 0: its default")
     ] = 0.0,
@@ -61,11 +62,11 @@ def replay(
     check_policies(policy)
     kind = Form(_one_of("--form", form, [*Form]))
     settings = Settings(distance=distance, threshold=cv, form=kind, parts=_parts(without or []))
-    settings = replace(settings, budget=budget or settings.budget)
+    settings = replace(settings, prefill_threshold=prefill_cv, budget=budget or settings.budget)
     draw = Draw(seconds, _one_of("--batching", batching, BATCHING) == "second", seed)
     given, files = load_inputs(profile, inputs or FILE), Files(tuple(routing), tuple(predicted or []), arrivals)
     facts = {"profile": profile, "form": form, "batching": batching, "distance": distance, "cv": cv, "seed": seed}
-    facts |= {"budget": settings.budget, "predicted": bool(predicted)}
+    facts |= {"prefill_cv": prefill_cv, "budget": settings.budget, "predicted": bool(predicted)}
     work, outcomes = _run(files, given, settings, draw, policy)
     _show(facts | {"steps": len(work.rows), "rows": int(work.rows.sum())}, given, outcomes, plot, as_json)
 

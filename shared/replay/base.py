@@ -28,6 +28,8 @@ class Settings:
     """Layers between what is known and what is predicted (d)."""
     threshold: float = 0.2
     """Coefficient of variation that is even enough (V)."""
+    prefill_threshold: float | None = None
+    """The same for steps that compute prompts; None: no other one."""
     keep_s: float = 60.0
     """Fixed keep-alive of ``paper``."""
     worth_s: float = 20.0
@@ -44,6 +46,10 @@ class Settings:
     """Homes beyond the first that it may have, as a share of the experts of a layer."""
     wait_s: float = 3e-6
     """An expert is not kept for less: the share of steps that call it times the wait for its start."""
+
+    def threshold_of(self, prefill: bool) -> float:
+        """That of a phase."""
+        return self.threshold if self.prefill_threshold is None or not prefill else self.prefill_threshold
 
 
 class Spent(NamedTuple):

@@ -36,7 +36,8 @@ class Moemesh:
         self._costs = costs(inputs, settings.form)
         self._rare = settings.wait_s / inputs.warm_s
         rare = self._rare if self.parts.keep_alive else -1.0
-        self._rules = (settings.distance, self.parts.scaler, inputs.start_share < EARLY, rare, settings.threshold)
+        rules = settings.distance, self.parts.scaler, inputs.start_share < EARLY, rare
+        self._rules = [(*rules, settings.threshold_of(prefill)) for prefill in (False, True)]
         self._known = work.known if self.parts.predictor else np.zeros_like(work.known)
         self.pool = first_pool(work, inputs, residents_of(work, inputs, settings))
         self._planner = Planner(work, inputs, settings, self._known)
@@ -47,7 +48,7 @@ class Moemesh:
         self._next = 0.0
 
     def step(self, index: int, now: float) -> Spent:
-        work, before = self.work, max(0, index - 1)
+        work, before, rules = self.work, max(0, index - 1), self._rules[int(self.work.prefill[index])]
         if now >= self._next and index >= FEWEST_STEPS:
             self._next = now + self.settings.period_s
             homes = self._planner.homes(index, self.layers, self.pool)
@@ -55,7 +56,7 @@ class Moemesh:
         if self.parts.keep_alive:
             fill(now, self._rare, self.pool, self._times)
         result = elastic_step(
-            now, work.loads[index], work.predicted[index], work.loads[before], self._known, self._rules,
+            now, work.loads[index], work.predicted[index], work.loads[before], self._known, rules,
             self.pool, self._costs, self._times,
         )  # fmt: skip
         for layer, loads in enumerate(work.loads[index]):
@@ -117,9 +118,10 @@ class Planner:
         """For all layers; tiles of a recorded layer have them one instance further each."""
         seen = np.arange(index - 1, max(-1, index - 1 - 8 * self._settings.samples), -8)
         most = self._most(int(pool.budget.sum()) // layers)
+        threshold = min(self._settings.threshold_of(prefill) for prefill in np.unique(self._work.prefill[seen]))
         for layer in range(len(self._homes)):
             loads = self._work.loads[seen, layer].astype(np.float64)
-            self._counts[layer] = self._scale(loads.mean(axis=0), self._counts[layer], most)
+            self._counts[layer] = self._scale(loads.mean(axis=0), self._counts[layer], most, threshold)
             self._homes[layer] = self._place(loads, self._counts[layer], self._homes[layer], most)
         recorded = np.arange(layers) % len(self._homes)
         tiles = [np.roll(self._homes[r], n // len(self._homes), axis=0) for n, r in enumerate(recorded)]
@@ -130,10 +132,10 @@ class Planner:
         experts = self._work.experts
         return max(experts, min(fit, experts + round(self._settings.extra * experts)))
 
-    def _scale(self, loads: NDArray[np.float64], previous: Counts, most: int) -> Counts:
+    def _scale(self, loads: NDArray[np.float64], previous: Counts, most: int, threshold: float) -> Counts:
         if not self._settings.parts.scaler:
             return np.ones_like(previous)
-        return scaling.moemesh(loads, previous, scaling.Rules(most, self._inputs.instances, self._settings.threshold))
+        return scaling.moemesh(loads, previous, scaling.Rules(most, self._inputs.instances, threshold))
 
     def _place(self, loads: NDArray[np.float64], counts: Counts, homes: Homes, most: int) -> Homes:
         count = self._inputs.instances

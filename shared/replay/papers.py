@@ -156,14 +156,16 @@ class Paper:
             alive.sum(axis=(0, 2)), np.zeros(2, np.int64),
         )  # fmt: skip
         most_extra = int(np.ceil(inputs.cap_bytes / inputs.expert_bytes))
-        self._rules = (inputs.slots, most_extra, settings.threshold, settings.keep_s)
+        self._rules = [
+            (inputs.slots, most_extra, settings.threshold_of(prefill), settings.keep_s) for prefill in (False, True)
+        ]
         self._times = (inputs.misc_s, inputs.warm_s, inputs.cold_s)
 
     def step(self, index: int, now: float) -> Spent:
         work = self.work
         result = paper_step(
             now, work.loads[index], work.predicted[index], work.loads[max(0, index - 1)], work.known,
-            self.settings.distance, self.pool, self._rules, self.costs, self._times,
+            self.settings.distance, self.pool, self._rules[int(work.prefill[index])], self.costs, self._times,
         )  # fmt: skip
         return Spent(*result)
 

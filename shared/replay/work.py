@@ -30,6 +30,8 @@ class Work:
     """[S] by the clock."""
     rows: NDArray[np.int64]
     """[S]"""
+    prefill: NDArray[np.bool_]
+    """[S]: whether it computes prompts, more rows of some request than the one that its next token needs."""
     loads: NDArray[np.int64]
     """[S, recorded layers, E]: rows that chose each expert."""
     predicted: NDArray[np.int64]
@@ -87,12 +89,12 @@ def form_work(
             if predicted:
                 add_rows(predicted.sums, starts, step.counts[mine], loads[1])
         end = now + clock(loads[0])
-        spans.append((arrivals.times[step.requests].max(), end, step.counts.sum()))
+        spans.append((arrivals.times[step.requests].max(), end, step.counts.sum(), step.counts.max() > 1))
         tables.append(loads.astype(np.int32))
         if len(spans) % 256 == 0:
             progress(float(np.searchsorted(arrivals.times, now)) / count)
         now = end
     known = np.logical_and.reduce([p.known if p else np.zeros(len(first.layers), np.bool_) for _, p in domains])
     loads = np.stack(tables).astype(np.int64)
-    earliest, ends, rows = (np.array(column) for column in zip(*spans, strict=True))
-    return Work(earliest, ends, rows, loads[:, 0].copy(), loads[:, 1].copy(), known, first.top_k)
+    earliest, ends, rows, prefill = (np.array(column) for column in zip(*spans, strict=True))
+    return Work(earliest, ends, rows, prefill, loads[:, 0].copy(), loads[:, 1].copy(), known, first.top_k)

@@ -3,17 +3,20 @@
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from shared.bus import Bus
 from shared.changes import Rebalance
 from shared.cli.children import ChildDied
 from shared.cli.rebalance import NotRebalanced, ask
 from shared.cli.status import look
-from shared.messages import Placement, Pool
+from shared.load_messages import Foreseen
+from shared.messages import Placement, Pool, Subjects
 from shared.placement_watch import homes_array
 from tests.mesh import RunningMesh, outputs, running_mesh
 
@@ -82,8 +85,30 @@ def homes_on(placement: Placement, bit: int) -> int:
     return int(np.count_nonzero(homes_array(placement) & np.uint64(1 << bit)))
 
 
+@contextmanager
+def foreseen(mesh: RunningMesh) -> Iterator[list[Foreseen]]:
+    """What expert instances tell meanwhile."""
+    heard: list[Foreseen] = []
+
+    async def listen() -> Bus:
+        bus = await Bus.connect(mesh.mesh.nats_url, "test")
+        await bus.subscribe(Subjects(mesh.mesh.options.mesh).foreseen, Foreseen, heard.append, ordered=True)
+        return bus
+
+    bus = mesh.call(listen())
+    try:
+        yield heard
+    finally:
+        mesh.call(bus.close())
+
+
 def test_homes_follow_the_load_that_is_foreseen_and_no_bit_changes(alone) -> None:
-    with running_mesh({}, attention=1, experts=2, mesh="follow", settings={"expert_memory": "12MB"}) as mesh:
+    """Decode and prefill being looked at apart."""
+    settings = {"expert_memory": "12MB", "target_prefill_layer_ms": "1000"}
+    with (
+        running_mesh({}, attention=1, experts=2, mesh="follow", settings=settings) as mesh,
+        foreseen(mesh) as heard,
+    ):
         one_sided = {layer: {"experts-0": tuple(range(31)), "experts-1": (31,)} for layer in range(6)}
         rebalance(mesh, Rebalance(given=one_sided))
         assert homes_on(placement_of(mesh), 1) == 6
@@ -95,6 +120,7 @@ def test_homes_follow_the_load_that_is_foreseen_and_no_bit_changes(alone) -> Non
                 break
         assert now.reason.startswith("experts follow their load: ")
         assert homes_on(now, 1) > 60, "a third of all homes at least has moved"
+        assert any(0 < message.prefill_exchanges < message.exchanges for message in heard)
 
 
 @pytest.fixture(scope="module")

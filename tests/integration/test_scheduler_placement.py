@@ -290,7 +290,15 @@ async def until_leading(leader: Leader) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("lease_s", 0.0), ("homes", -1), ("prepare_deadline", 0.0), ("rebalance_s", -1.0)]
+    ("setting", "value"),
+    [
+        ("lease_s", 0.0),
+        ("homes", -1),
+        ("prepare_deadline", 0.0),
+        ("rebalance_s", -1.0),
+        ("target_layer_ms", -1.0),
+        ("target_prefill_layer_ms", -1.0),
+    ],
 )
 async def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=setting.replace("_", "-")):

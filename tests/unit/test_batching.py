@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.attention.batching import Batcher, Limits, refusal
+from services.attention.batching import Batcher, Limits, prefills, refusal
 from services.attention.kv_cache import BlockPool
 from services.attention.sequence import Sequence
 from shared.request_messages import SamplingParams, Submit
@@ -65,6 +65,19 @@ def test_a_long_prompt_is_prefilled_in_chunks_that_share_steps_with_decodes():
     assert step(batch) == [("short", 4, 1), ("long", 9, 9)]
     assert step(batch) == [("short", 5, 1), ("long", 18, 4)]
     assert step(batch) == [("short", 6, 1), ("long", 22, 1)]
+
+
+def test_a_step_is_prefill_while_it_computes_more_than_one_row_of_some_sequence():
+    batch = batcher()
+    add(batch, "short", 3)
+    add(batch, "one", 1)
+    seen = []
+    for _ in range(3):
+        chunks = batch.next_step()
+        seen.append(prefills(chunks))
+        compute(chunks)
+    assert seen == [True, False, False]
+    assert not prefills([])
 
 
 def test_a_prompt_takes_small_steps_while_most_requests_generate():

@@ -166,6 +166,19 @@ def test_what_is_foreseen_is_there_when_it_is_called():
         assert elastic.stats.waits == before
 
 
+def test_what_is_foreseen_for_steps_with_prompts_is_told_apart():
+    oracle: Predictor = Oracle()
+    with toy_mesh(everywhere(1), make_elastic=elastic_with(2 * EXPERTS, predictor=oracle), **PATIENT) as mesh:
+        for prefill in (False, True, False):
+            mesh.exchange.begin(8, prefill)
+            mesh.check(1, LAYERS[0], rows=8)
+            mesh.exchange.end()
+        mesh.instances[0].server.detach([]).result(60)
+        [load] = elastics(mesh)[0].foreseen.take()
+        assert (load.exchanges, load.prefill_exchanges) == (3, 1)
+        assert load.prefill_sums[0].tolist() == [5.0] * EXPERTS
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_lost_and_doubled_frames_do_no_harm(seed):
     rates = Rates(drop=0.1, duplicate=0.2, delay=0.2, reorder=0.2)

@@ -3,7 +3,11 @@
 import pytest
 
 from services.attention import groups
-from services.attention.ways import Gate, Phase
+from services.attention.ways import APART, Gate, Phase, Way
+from services.experts.answers import KnownPlacement
+from services.experts.server import ExpertServer
+from services.experts.waiting import Question
+from shared.exchange_frames import Flag
 from tests.unit.toy_groups import group_mesh
 
 ONE_NODE, TWO_NODES = ("a", "a"), ("x", "x", "y", "y")
@@ -29,3 +33,25 @@ def test_every_way_gives_the_local_bytes(phase, gate, rows, nodes):
             stats = member.exchange.stats()
             assert not stats.repeats
             assert stats.dropped == dropped
+
+
+@pytest.mark.parametrize("gate", Gate)
+@pytest.mark.parametrize("phase", Phase)
+def test_a_groups_exchange_is_prefill_if_a_members_step_is(phase, gate, monkeypatch):
+    """Whatever way its rows go; those of an exchange of its own say what its own step is."""
+    asked: list[tuple[int, bool]] = []
+    serve = ExpertServer._serve
+
+    def spy(server: ExpertServer, question: Question, placement: KnownPlacement) -> bool:
+        done = serve(server, question, placement)
+        if question.assembly or not question.incoming.header.flags & Flag.SHARE:
+            asked.append((question.incoming.header.group, question.prefill))
+        return done
+
+    monkeypatch.setattr(ExpertServer, "_serve", spy)
+    with group_mesh(2, TWO_NODES, phase, gate) as mesh:
+        assert mesh.steps((5, 2), 4, prefill=1) == [None] * 2
+        assert mesh.formed >= 2
+    alone = {member.neighbour.incarnation: number == 1 for number, member in enumerate(mesh.members)}
+    assert all(prefill == alone.get(group, True) for group, prefill in asked)
+    assert any(group not in alone for group, _ in asked) == (Way(phase, gate) != APART)

@@ -84,6 +84,16 @@ def test_idle_experts_are_stopped_and_cost_nothing_until_they_come_back() -> Non
     assert spent.waited_s > 0
 
 
+def test_steps_that_compute_prompts_are_told_apart_and_may_have_a_threshold_of_their_own() -> None:
+    steps = work(inputs())
+    assert 0 < steps.prefill.sum() < len(steps.rows)
+    assert (steps.rows[steps.prefill] > 1).all()
+    for name in ("paper", "moemesh"):
+        same, loose = run(name, threshold=0.2, prefill_threshold=0.2), run(name, threshold=0.2, prefill_threshold=9.0)
+        assert same.as_dict() == run(name, threshold=0.2).as_dict()
+        assert loose.warm < same.warm, "no replica is added for them"
+
+
 def test_every_part_can_be_left_out() -> None:
     for part in vars(Parts()):
         outcome = run("moemesh", parts=replace(Parts(), **{part: False}))

@@ -76,7 +76,7 @@ class ToyExchange:
     def ways(self):
         return ()
 
-    def begin(self, rows):
+    def begin(self, rows, prefill):
         return False
 
     def end(self):

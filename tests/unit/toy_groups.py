@@ -67,8 +67,11 @@ class GroupMesh:
         neighbours = {m.name: m.neighbour for m in chosen}
         return View(self.placement, {f.id: f for f in facts}, neighbours, "a")
 
-    def steps(self, rows: Sequence[int], count: int) -> list[Exception | None]:
-        """Every member runs ``count`` steps with so many rows of its own, at the same time as the others."""
+    def steps(self, rows: Sequence[int], count: int, prefill: int = -1) -> list[Exception | None]:
+        """Every member runs ``count`` steps with so many rows of its own, at the same time as the others.
+
+        ``prefill``: number of the member whose steps compute prompts.
+        """
         barrier = threading.Barrier(len(self.members))
         failures: list[Exception | None] = [None] * len(self.members)
 
@@ -77,7 +80,8 @@ class GroupMesh:
                 for step in range(count):
                     barrier.wait(60)
                     exchange = self.members[number].exchange
-                    assert run_step(exchange, rows[number], seed=100 * step + number, rounded=self.rounded)
+                    seed, prompts = 100 * step + number, number == prefill
+                    assert run_step(exchange, rows[number], seed, rounded=self.rounded, prefill=prompts)
             except Exception as error:  # noqa: BLE001 - reported by the test's thread
                 failures[number] = error
                 barrier.abort()
@@ -96,13 +100,14 @@ class GroupMesh:
 
 
 def run_step(
-    exchange: MeshExchange, rows: int, seed: int, between: Callable[[], None] = lambda: None, rounded: bool = False
-) -> bool:
+    exchange: MeshExchange, rows: int, seed: int, between: Callable[[], None] = lambda: None, rounded: bool = False,
+    prefill: bool = False,
+) -> bool:  # fmt: skip
     """All layers of one step give the local bytes; False: experts did not answer.
 
     ``between``: called after each; ``rounded``: the local numbers to rounding will do.
     """
-    exchange.begin(rows)
+    exchange.begin(rows, prefill)
     try:
         for layer in LAYERS:
             hidden, x = random_rows(seed, rows), random_rows(seed + 50, rows)
