@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format bars clean
+.PHONY: help setup demo test lint format bars clean
 
 BESIDE := test-parity test-compose test-unit
 
@@ -27,9 +27,6 @@ test: setup  ## every test that this machine can run: BESIDE each other where lo
 
 test-%: setup  ## the tests of one directory, as in test-unit
 	$(BIN)/pytest tests/$*
-
-check: setup  ## what CI runs: lint and every test
-	@$(MAKE) --no-print-directory test BESIDE="test-parity test-compose lint test-unit"
 
 lint: setup  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from services.attention.exchange import ExpertInstance, View
+from services.attention.pending import Pending
 from services.experts.answers import KnownPlacement
 from shared.errors import ExchangeUnavailable
 from shared.messages import Placement
@@ -437,6 +438,7 @@ def test_a_reply_to_an_earlier_attempt_with_the_same_live_mask_counts():
     with contextlib.closing(MemoryNetwork().transport()):
         scripted = Scripted(MemoryNetwork(), round_robin(2), deadline=0.01, give_up=30.0)
         handle = scripted.ask()
+        assert isinstance(handle, Pending)
         scripted.parts(*E1_PARTS, sender=101)
         while not handle.attempt:
             scripted.exchange._attempts._wait(handle)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from services.attention.pending import Pending
 from shared.transport.base import FrameKind
 from shared.transport.faults import Fault, Faults, Rates
 from shared.transport.memory import MemoryNetwork
@@ -48,6 +49,7 @@ def test_faults_during_a_placement_switch_change_no_byte(seed, chosen: Rates, lo
         mesh.check(seed=seed)
         mesh.exchange.update(mesh.view(seen=time.monotonic(), placement=second))
         handle = mesh.exchange.dispatch(LAYERS[0], torch.zeros(2, HIDDEN))
+        assert isinstance(handle, Pending)
         for _ in range(loaded_after):
             mesh.exchange._attempts._wait(handle)
         mesh.adopt(mesh.placement, second)
@@ -74,6 +76,7 @@ def test_a_lost_refusal_is_asked_for_again():
         second = make_placement(round_robin(2), mesh.placement.instances, version=2)
         mesh.exchange.update(mesh.view(placement=second))
         handle = mesh.exchange.dispatch(LAYERS[0], torch.zeros(1, HIDDEN))
+        assert isinstance(handle, Pending)
         while not mesh.exchange.stats().refusals["unknown_placement"]:
             mesh.exchange._attempts._wait(handle)
         assert mesh.exchange.stats().repeats["deadline"] >= 1
