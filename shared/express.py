@@ -178,17 +178,17 @@ def march(
 
     Returns:
         (the entry, what stopped it: ADDED after the last one, SENT_NOTHING where UCX was busy, REFUSED by a kernel,
-        else what ``collect`` says)
+        else what ``collect`` says, when the last exchange was begun in nanoseconds of the monotonic clock)
     """
     began = 0
     for entry in range(first, len(score)):
         address, calls, what, layer = score[entry, 0], score[entry, 1], score[entry, 2], score[entry, 3]
         if native.play(address, calls) >= 0:
-            return entry, REFUSED
+            return entry, REFUSED, began
         if what == ASK:
             began = clock(api)
             if not ask(api, lines, frame, headers[layer], rows, chosen.shape[1], columns, sequence):
-                return entry, SENT_NOTHING
+                return entry, SENT_NOTHING, began
             sequence += 1
         elif what == COLLECT:
             times = (began, patience[0], clock(api) + patience[1])
@@ -197,21 +197,21 @@ def march(
                 chosen[layer], x,
             )  # fmt: skip
             if result != ADDED:
-                return entry, result
+                return entry, result, began
             taken[layer] = clock(api) - began
-    return len(score), ADDED
+    return len(score), ADDED, began
 
 
 @helper
 def _reply(api, asked, line, room, count, digest, most, us):
-    """Send what lies at ``room`` to a peer whose endpoint and requests are in ``line``; returns its bytes."""
+    """Send what lies at ``room`` to a peer whose endpoint and requests are in ``line``; returns bytes sent."""
     _copy_header(asked, room)
     reply, meta_bytes = _header(room), most * _PART
     reply.kind, reply.sender, reply.rows, reply.meta_bytes, reply.digest = _COMBINE, us, count, meta_bytes, digest
     reply.sent = 0
     nbytes = _body(meta_bytes) + 4 * count * np.int64(reply.columns)
     view1(line[2], 1, I64)[0] = send(api, line[1], room, nbytes, FRAME_TAG)
-    return nbytes
+    return meta_bytes + 4 * count * np.int64(reply.columns)
 
 
 @helper
@@ -238,7 +238,7 @@ def _serve(api, address, capacity, facts, senders, numbers, recorded, homes, cou
     tally[ANSWERS] += 1
     tally[PARTS_MADE] += parts
     tally[BYTES_IN] += 4 * rows * facts[COLUMNS]
-    tally[BYTES_OUT] += sent - HEADER_BYTES
+    tally[BYTES_OUT] += sent
     tally[BUSY_NS] += clock(api) - began
     return True
 
@@ -247,7 +247,7 @@ def _serve(api, address, capacity, facts, senders, numbers, recorded, homes, cou
 def serve(
     api, worker, files, receives, count, capacity, woken, times, facts, senders, numbers, recorded, homes, counts, tally
 ):
-    """Answer frames until the time is over; returns whether one is there that Python has to take.
+    """Answer frames until the time is over or a wake; returns whether one is there that Python has to take.
 
     Args:
         receives, count, times: see ``ucp.wait``; capacity: bytes of each receive.
@@ -269,6 +269,8 @@ def serve(
             if not good or not _serve(api, address, capacity, facts, senders, numbers, recorded, homes, counts, tally):
                 return True
             receive_again(api, worker, receives, count, position, capacity)
+        if woken[0] or clock(api) >= times[2]:
+            return False
 
 
 _NUMBER, _NUMBERS, _TABLE = types.int64, types.int64[::1], types.int64[:, ::1]

@@ -38,6 +38,7 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "paced_seconds": ("counter", "Time that work took by the device profile."),
     "paced_late_seconds": ("counter", "Time that work took longer than the device profile says."),
     "compute_seconds": ("counter", "Time that experts spent on exchanges, waiting for frames excluded."),
+    "answers_express": ("counter", "Exchanges that were answered without the interpreter."),
     "answers": ("counter", "Exchanges for which experts were computed, those of a group once."),
     "exchange_bytes": ("counter", "Bytes of frames on the data plane, by direction."),
     "exchange_repeats": ("counter", "Exchanges that were sent again."),

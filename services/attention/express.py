@@ -11,7 +11,7 @@ from torch import Tensor
 from services.attention.exchange import Halt, Score
 from services.attention.replies import PART_BYTES
 from services.attention.targets import Targets
-from shared.express import ADDED, MOST_ROWS, REFUSED, SENT_NOTHING, STRANGE, ask, collect, compile_asking, march
+from shared.express import ADDED, MOST_ROWS, REFUSED, SENT_NOTHING, ask, collect, compile_asking, march
 from shared.messages import Placement
 from shared.transport.base import HEADER_BYTES, FrameKind, Header, Lane, Peer
 from shared.transport.ucx import BUSY_SLEEP_S
@@ -49,6 +49,8 @@ class Sent:
     sequence: int
     rows: Tensor
     started: float
+    waited: bool = False
+    """Long enough for its replies to be Python's."""
 
 
 class Express:
@@ -106,7 +108,9 @@ class Express:
         """Send rows [T, hidden]; None: they have to go another way."""
         to, count = self._to, len(rows)
         fits = 0 < count <= MOST_ROWS and rows.dtype is torch.float32 and rows.is_contiguous()
-        if not self._on or to is None or self.open or not fits:
+        if not self._on or to is None or self.open or not fits or to.live != self._targets.live:
+            return None
+        if not self._lane.enter(len(to.lines)):
             return None
         header, started = to.headers[layer].ctypes.data, time.monotonic()
         frame, where = to.frame.data_ptr(), rows.data_ptr()
@@ -118,8 +122,10 @@ class Express:
     def combine(self, sent: Sent, x: Tensor) -> bool:
         """x [T, hidden] += the weighted parts of all replies. False: what has come is for Python to take."""
         lane, to, self.open = self._lane, self._to, None
-        count, now = lane.enter(), time.monotonic_ns()
-        if not count or to is None or not x.is_contiguous():
+        if to is None or sent.waited or not x.is_contiguous():
+            return False
+        count, now = lane.enter(len(to.lines)), time.monotonic_ns()
+        if count < len(to.lines):
             return False
         self.chosen = self._room[: len(x)]
         nap, patience = PATIENCE
@@ -128,7 +134,7 @@ class Express:
             lane.functions, lane.worker, lane.files, lane.receives, count, lane.capacity, lane.woken, times,
             to.frame.data_ptr(), to.expected, self._targets.homes[sent.layer], self.chosen, x.data_ptr(),
         )  # fmt: skip
-        if result == STRANGE:
+        if result != ADDED:
             lane.leave()
         return result == ADDED
 
@@ -141,17 +147,21 @@ class Express:
         many seconds each took; ``choices`` are what their rows have chosen.
         """
         lane, to, count = self._lane, self._to, len(rows)
-        posted = lane.enter() if self._on and to is not None and not self.open and count <= MOST_ROWS else 0
-        if not posted or to is None:
+        if not self._on or to is None or self.open or count > MOST_ROWS:
+            return None
+        if to.live != self._targets.live or tuple(to.headers) != score.layers:
+            return None
+        posted = lane.enter(len(to.lines))
+        if posted < len(to.lines):
             return None
         self.choices = np.empty((len(score.layers), count, self._top_k), np.uint32)
         taken = np.zeros(len(score.layers), np.int64)
-        entry, result = march(
+        entry, result, began = march(
             lane.functions, lane.worker, lane.files, lane.receives, posted, lane.capacity, lane.woken, PATIENCE,
             score.entries, first, to.lines, to.expected, to.frame.data_ptr(), to.addresses, x.data_ptr(),
             rows.data_ptr(), self._hidden, sequence, to.homes, self.choices, taken,
         )  # fmt: skip
-        if result == STRANGE:
+        if result != ADDED:
             lane.leave()
         if result == REFUSED:
             raise ValueError("a kernel of this step refused its input (an index is out of range) or had no memory")
@@ -161,7 +171,7 @@ class Express:
         if result == SENT_NOTHING:
             return Halt(entry + 1, None), len(done), done
         layer = score.layers[int(score.entries[entry, 3])]
-        self.open = Sent(layer, sequence + len(done), rows, time.monotonic())
+        self.open = Sent(layer, sequence + len(done), rows, began / 1e9, waited=True)
         return Halt(entry + 1, self.open), len(done) + 1, done
 
     def sent_bytes(self, rows: int) -> int:

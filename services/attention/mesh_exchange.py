@@ -209,16 +209,18 @@ class MeshExchange:
         return pending
 
     def combine(self, handle: Handle, x: Tensor) -> None:
-        start = time.monotonic()
+        start, sent = time.monotonic(), isinstance(handle, Sent)
         if isinstance(handle, Sent):
             if self._collect(handle, x):
                 self._stats.waited += time.monotonic() - start
                 return
-            handle = self._go_on(handle)
+            handle = self._pending(handle.layer, handle.sequence, handle.rows, handle.started)
         assert isinstance(handle, Pending)  # ours: dispatch made it
         try:
             if handle.sequence not in self._inbox.open:
                 raise ExchangeUnavailable(handle.layer, [], GIVEN_UP)
+            if sent:
+                self._attempts.resume(handle)
             self._attempts.finish(handle, x)
             self._took(time.monotonic() - handle.started)
             if self._tap and handle.sums is None:  # else the group's leader knows
@@ -248,12 +250,6 @@ class MeshExchange:
         if self._tap:
             self._tap.combined(sent.layer, express.chosen)
         return True
-
-    def _go_on(self, sent: Sent) -> Pending:
-        """An exchange whose rows are sent, as any other."""
-        pending = self._pending(sent.layer, sent.sequence, sent.rows, sent.started)
-        self._attempts.resume(pending)
-        return pending
 
     def march(self, score: Score, first: int, rows: Tensor, x: Tensor) -> Halt | None:
         if self._express is None or self._inbox.open:

@@ -73,6 +73,7 @@ class Program:
         self._calls: list[Callable[[], Any]] = []
         self._next = 0
         self._score: Score | None = None
+        self._scored = False
 
     def begin(self, step: StepInput) -> None:
         """Take the inputs of another step of this shape."""
@@ -83,8 +84,8 @@ class Program:
 
     def score(self, layers: Sequence[LayerSpec]) -> Score | None:
         """All calls between embedding and head; None where they are not recorded (yet)."""
-        if self._score is None and len(self._calls) > 2 * len(layers):
-            calls = self._calls[1 : 2 * len(layers) + 1]
+        if not self._scored and len(self._calls) > 2 * len(layers):
+            self._scored, calls = True, self._calls[1 : 2 * len(layers) + 1]
             recorded = [call for call in calls if isinstance(call, Recording)]
             self._score = Score.of([call.where for call in recorded], layers) if len(recorded) == len(calls) else None
         return self._score

@@ -86,6 +86,8 @@ class ServerStats:
     """Frames without an answer: foreign, unknown_sender, bad_hello, unexpected."""
     refused: Counter[str] = field(default_factory=Counter)
     """By name of the refusal."""
+    express: int = 0
+    """Frames that were answered without the interpreter."""
     answers: int = 0
     """Exchanges for which parts were computed, those of a group once."""
     parts: int = 0

@@ -45,7 +45,7 @@ class Express:
     def forget(self) -> None:
         """Placements or senders are not what they were."""
         self._known: KnownPlacement | None = None
-        self._kept: list[object] = []
+        self._kept: dict[tuple[int, int], object] = {}
         self._senders = np.zeros((0, 4), np.int64)
         self._recorded = np.zeros((len(self._layers), MOST_ROWS + 1, RECORDED), np.int64)
 
@@ -53,12 +53,13 @@ class Express:
         """A plain frame of this peer was answered with this placement: more of its kind may come."""
         rows = torch.empty(header.rows, self._limits.hidden)
         answering = self._layers[header.layer].answering(rows) if header.rows <= MOST_ROWS else None
-        if answering is None:
+        late = self._known is not None and placement.version < self._known.version
+        if answering is None or late:
             return
         if placement is not self._known:
             self.forget()
             self._adopt(placement)
-        self._kept.append(answering)
+        self._kept[header.layer, header.rows] = answering
         self._recorded[self._numbers[header.layer], header.rows] = answering.recorded
         self._meet(peer, header.sender)
 
@@ -69,15 +70,17 @@ class Express:
         if not count:
             return 0
         now, lane = time.monotonic_ns(), self._lane
+        lane.settle()  # whoever has called has looked at what it was about
         times = now, int(BUSY_SLEEP_S * 1e9), now + int(TURN_S * 1e9)
         strange = serve(
             lane.functions, lane.worker, lane.files, lane.receives, count, lane.capacity, lane.woken, times,
             self._facts, self._senders, self._numbers, self._recorded, self._homes, self._stats.by_expert, self._tally,
         )  # fmt: skip
-        if strange:
+        answered = self._count()
+        if strange or not answered:
             lane.leave()
         self.news = bool(strange or lane.woken[0])
-        return self._count()
+        return answered
 
     def _count(self) -> int:
         """How many were answered."""
@@ -85,6 +88,7 @@ class Express:
         self._tally[:] = 0
         stats.frames["dispatch"] += tally[ANSWERS]
         stats.answers += tally[ANSWERS]
+        stats.express += tally[ANSWERS]
         stats.parts += tally[PARTS_MADE]
         stats.bytes_received += tally[BYTES_IN]
         stats.bytes_sent += tally[BYTES_OUT]

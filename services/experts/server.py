@@ -128,7 +128,8 @@ class ExpertServer:
             self._express.forget()
 
     def _detach(self, gone: frozenset[int]) -> None:
-        self._forget_lines()
+        if gone & self._peers.keys():
+            self._forget_lines()
         if self._waiting:
             self._waiting.forget(gone)
         for incarnation in gone & self._peers.keys():
@@ -160,6 +161,8 @@ class ExpertServer:
         if express.serve():
             self._awake.hold()
             self._last_frame = time.monotonic()
+        elif self.idle_for() > IDLE_S:
+            self._awake.release()
         return not express.news
 
     def _take(self, incoming: Incoming) -> None:

@@ -96,6 +96,7 @@ class ExpertsService:
         yield sample("exchange_bytes", stats.bytes_received, direction="received")
         yield sample("compute_seconds", stats.busy_s)
         yield sample("answers", stats.answers)
+        yield sample("answers_express", stats.express)
         yield from self._pace.samples()
         yield from self._elastic.samples() if self._elastic else ()
         refused = {f"refused_{code}": count for code, count in stats.refused.copy().items()}

@@ -199,16 +199,23 @@ class Lane(Protocol):
     capacity: int
     """Bytes of each receive."""
 
-    def enter(self) -> int:
-        """How many receives there are in the table; 0: frames wait that only ``receive`` delivers, or sends."""
+    def enter(self, together: int = 1) -> int:
+        """How many receives there are in the table, ``together`` if possible, for as many frames are awaited at once.
+
+        0: frames wait that only ``receive`` delivers, or sends.
+        """
         ...
 
     def leave(self) -> None:
-        """Receives have ended that compiled code did not take: ``receive`` delivers their frames."""
+        """Compiled code did not get what it waited for: frames that it did not take are for ``receive``."""
+        ...
+
+    def settle(self) -> None:
+        """Take notice of a ``wake``."""
         ...
 
     def line(self, peer: "Peer", kept: object) -> tuple[int, int]:
-        """Endpoint of a peer, and address of its requests. What is sent from lives as long as the peer: ``kept``."""
+        """Endpoint of a peer, and address of its requests. ``kept``: what will be sent from lives until it is sent."""
         ...
 
 

@@ -26,6 +26,7 @@ _LAST_ERROR = -100
 _PROGRESS, _SEND, _RECEIVE, _CHECK, _FREE, _CANCEL, _ARM, _YIELD, _CLOCK, _POLL, _PLAIN, _NOW = range(12)
 REQUEST, STATUS, ADDRESS, SLOT = range(4)
 """Columns of a table of receives: int64 [most, 4], in the order in which their messages begin to arrive."""
+_HEADER_WORDS = 16
 _MONOTONIC = 1
 _NS = 1_000_000_000
 _READABLE = 1
@@ -154,7 +155,7 @@ def receive_again(api, worker, receives, count, position, nbytes):
     address, slot = receives[position, ADDRESS], receives[position, SLOT]
     for i in range(position, count - 1):
         receives[i] = receives[i + 1]
-    view1(address, 1, I64)[0] = 0  # a message shorter than a header must not revive the one that was here before
+    view1(address, _HEADER_WORDS, I64)[:] = 0  # a message shorter than one must not revive the one that was here before
     receives[count - 1, REQUEST] = receive(api, worker, address, nbytes, FRAME_TAG)
     receives[count - 1, STATUS], receives[count - 1, ADDRESS], receives[count - 1, SLOT] = IN_PROGRESS, address, slot
 

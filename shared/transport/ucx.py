@@ -87,18 +87,23 @@ class UcxTransport:
         self._ready: deque[ReceiveSlot] = deque()
         """Frames that came together with one that was delivered."""
         self._post_receives()
-        self.lane: Lane | None = None if self._rows_apart else self._make_lane()
+        self.lane: Lane | None = self._make_lane() if self._device.type == "cpu" and not self._rows_apart else None
 
     def _make_lane(self) -> UcxLane:
-        def ready() -> bool:
+        def ready(together: int) -> bool:
+            self._window = max(self._window, together)
             self._post_receives()
             self._nap = self._first_nap
             self._sending = [peer for peer in self._sending if peer.advance()]
             return not (self._ready or self._sending)
 
+        def leave() -> None:
+            self._take_ended()
+            self._replace_stuck_receives()
+
         return UcxLane(
             self._ucx.functions, self._handle, self._files, self._woken,
-            receives=self._receives, capacity=self._slot_bytes, ready=ready, take=self._take_ended,
+            receives=self._receives, capacity=self._slot_bytes, ready=ready, leave=leave, settle=self._settle,
         )  # fmt: skip
 
     def _start_worker(self, tls: str) -> None:

@@ -103,8 +103,8 @@ class UcxPeer:
         self._flying: SendBuffer | None = None
         self.requests = np.zeros(2, np.int64)
         """Of the frame that UCX holds, also when compiled code has sent it; 0: none."""
-        self.kept: dict[int, object] = {}
-        """What compiled code sends from: UCX may read it for as long as there is an endpoint."""
+        self.kept: list[object] = []
+        """What compiled code sends from, for as long as UCX may read it."""
 
     @property
     def alive(self) -> bool:

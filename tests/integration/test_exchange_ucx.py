@@ -154,11 +154,13 @@ class Bench:
         await self.compute(self._check, rows)
 
     def _check(self, rows: int) -> None:
+        self.exchange.begin(rows)
         for layer in self.spec.moe_layers:
             hidden, x = torch.randn(rows, self.spec.hidden), torch.randn(rows, self.spec.hidden)
             expected = self._local(layer, hidden, x.clone())
             self.exchange.combine(self.exchange.dispatch(layer, hidden), x)
             assert x.numpy().tobytes() == expected.numpy().tobytes()
+        self.exchange.end()
 
     def _local(self, layer: int, hidden: Tensor, x: Tensor) -> Tensor:
         """All experts in this process, one row after the other."""
@@ -201,6 +203,7 @@ async def test_processes_give_the_local_bytes_through_switches_kills_and_drains(
     for rows in (1, 2, 33):
         await bench.check(rows)
     assert not bench.exchange.stats().repeats
+    assert bench.exchange.stats().express
 
     await bench.place(everywhere(2), ["e0", "e1"])
     await bench.until_loaded("e0", "e1")

@@ -524,7 +524,7 @@ def test_a_refusal_for_good_is_reported_with_its_words(scripted):
 
 def test_idle_wait_drops_what_arrives_and_wake_ends_it(scripted):
     scripted.parts(*E0_PARTS, sequence=5)
-    scripted.exchange.idle_wait(0.001)
+    scripted.exchange.idle_wait(0.3)
     assert scripted.exchange.stats().dropped == Counter(late=1)
     scripted.exchange.wake()
     start = time.monotonic()

@@ -74,27 +74,19 @@ class Expert(threading.Thread):
 
 
 class Pool:
-    """Two experts, each with one of a row's two, and the attention side."""
+    """Expert instances, each with one of the experts that every row chooses, and the attention side."""
 
-    def __init__(self) -> None:
-        self.experts = [Expert(0), Expert(1)]
+    def __init__(self, count: int = 2) -> None:
+        self.experts = [Expert(number) for number in range(count)]
         self.transport = UcxTransport(FRAME)
         self.exchange = MeshExchange(
-            self.transport, select_kernels(CPU, 1), hidden=HIDDEN, dtype=torch.float32, top_k=2, mesh=MESH,
+            self.transport, select_kernels(CPU, 1), hidden=HIDDEN, dtype=torch.float32, top_k=count, mesh=MESH,
             incarnation=US, deadline=5.0,
         )  # fmt: skip
-        homes = np.array([1, 2], "<u8").tobytes()
-        placement = Placement(
-            version=1,
-            epoch=1,
-            digest="d",
-            author="t",
-            reason="t",
-            instances=("e0", "e1"),
-            moe_layers=(0,),
-            experts=2,
-            homes=homes,
-        )
+        homes = (1 << np.arange(count, dtype="<u8")).tobytes()
+        names = tuple(f"e{number}" for number in range(count))
+        facts = {"digest": "d", "author": "t", "reason": "t", "moe_layers": (0,), "experts": count}
+        placement = Placement(version=1, epoch=1, instances=names, homes=homes, **facts)
         instances = {
             f"e{e.number}": ExpertInstance(f"e{e.number}", e.incarnation, e.transport.address, 0.0)
             for e in self.experts
@@ -110,7 +102,7 @@ class Pool:
         self.exchange.begin(rows)
         self.exchange.combine(self.exchange.dispatch(0, hidden), x)
         self.exchange.end()
-        torch.testing.assert_close(x, 0.5 * hidden + 0.5 * 2 * hidden)
+        torch.testing.assert_close(x, sum(0.5 * (1 + expert.number) * hidden for expert in self.experts))
 
     @property
     def express(self) -> int:
@@ -199,3 +191,27 @@ def test_a_wake_in_the_middle_of_an_exchange_loses_nothing(pool: Pool):
     for rows in (1, 2, 3):
         pool.check(rows)
     assert not pool.exchange.stats().repeats
+
+
+def test_more_instances_than_receives_that_are_posted_at_first_are_awaited_together():
+    pool = Pool(6)
+    try:
+        for _ in range(4):
+            pool.check(3)
+        before = pool.express
+        pool.check(3)
+        assert pool.express == before + 1
+    finally:
+        pool.close()
+
+
+def test_an_instance_that_is_silent_is_left_to_deadlines_and_asked_again(pool: Pool):
+    """Nobody else has its expert: it is asked again, and its answer is the one that counts."""
+    silent = iter((True,))
+    expert = pool.experts[0]
+    send = expert.send
+    expert.send = lambda reply: None if next(silent, False) else send(reply)  # type: ignore[method-assign]
+    pool.exchange._attempts._deadline = pool.exchange._deadline = 0.2
+    pool.check(2)
+    assert pool.exchange.stats().repeats["deadline"] >= 1
+    pool.check(2)
