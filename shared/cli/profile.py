@@ -21,8 +21,8 @@ MOST_NUMBERS = 12
 
 
 def profile(
-    model: Annotated[str, typer.Option(help="directory of a checkpoint, or a hub id")],
     out: Annotated[Path, typer.Option(help="file to write; the routing that was seen goes beside it, as .trace")],
+    model: Annotated[str, typer.Option(help="directory of a checkpoint, or a hub id; else the embedded model")] = "",
     attention: Annotated[str, typer.Option(help="numbers of attention instances")] = "1",
     experts: Annotated[str, typer.Option(help="numbers of expert instances")] = "1,2",
     batch: Annotated[str, typer.Option(help="numbers of sequences in a mesh")] = "1,2,4,8,16,32",

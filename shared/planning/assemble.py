@@ -50,8 +50,9 @@ def assemble(
     Raises:
         ConfigError: unknown names, experts that do not fit, tables of another setting.
     """
-    attention = hardware.device("--attention-hardware", names.attention)
-    experts = hardware.device("--expert-hardware", names.experts)
+    alike = "--hardware" if names.attention == names.experts else ""
+    attention = hardware.device(alike or "--attention-hardware", names.attention)
+    experts = hardware.device(alike or "--expert-hardware", names.experts)
     between = hardware.link("--link", names.link)
     room = room_of(hardware.shares, sizes, attention, experts)
     least = least_experts(room, sizes)

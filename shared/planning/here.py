@@ -15,7 +15,7 @@ from shared.planning.exchange import CHOSEN
 from shared.planning.fit import Fitted, Point
 from shared.planning.memory import Room, attention_bytes
 from shared.planning.plan import Plan
-from shared.planning.report import binding, breaks
+from shared.planning.report import binding, binds, breaks
 from shared.planning.search import Space, search, space_of
 from shared.planning.setting import Demand, Mesh, Setting, Slo, mesh_step
 
@@ -89,7 +89,7 @@ def choose(
     if found.best or found.binding is None:
         return Choice(found.best, binding(found), found.binding)
     near = found.binding
-    return Choice(None, f"{', '.join(near.broken)} binds: the nearest is {near.name}: {breaks(near)}", near)
+    return Choice(None, f"{binds(near)}: the nearest is {near.name}: {breaks(near)}", near)
 
 
 def predicted(fitted: Fitted, tables: Amax, points: Sequence[Point]) -> list[float]:

@@ -40,7 +40,7 @@ def binding(found: Found) -> str:
 
 def breaks(plan: Plan) -> str:
     """The worst limit that a plan breaks, in words."""
-    worst = next(iter(plan.broken), "")
+    worst = next(iter(_told(plan)), "")
     return {
         "rate": "it cannot keep up with the requests",
         "memory": f"weights and cache need {plan.memory:.2f} times the memory of an instance",
@@ -48,6 +48,18 @@ def breaks(plan: Plan) -> str:
         "TTFT": f"the first token would take {plan.ttft_s * 1e3:.0f} ms",
         "": "it keeps all limits",
     }[worst]
+
+
+def _told(plan: Plan) -> tuple[str, ...]:
+    """The limits that it breaks, worst first. Where requests pile up the first token never comes: that says nothing."""
+    named = tuple(name for name in plan.broken if name != "TTFT" or np.isfinite(plan.ttft_s))
+    return named if named or not plan.broken else ("rate",)
+
+
+def binds(plan: Plan) -> str:
+    """Which limits keep a plan from being one."""
+    named = _told(plan)
+    return f"{', '.join(named)} {'bind' if len(named) > 1 else 'binds'}"
 
 
 def infeasible(found: Found, slo: Slo, rate: float) -> str:
@@ -66,4 +78,4 @@ def infeasible(found: Found, slo: Slo, rate: float) -> str:
         if near.excess["TTFT"] > 1:
             relaxed += f" --slo-ttft-ms {np.ceil(near.ttft_s * 1e3):g}"
         nearest += f" (feasible: {relaxed}" + (f", or {rate:.3g} requests/s at most)" if rate else ")")
-    return f"no plan keeps {asked}; {', '.join(near.broken)} binds: {nearest}"
+    return f"no plan keeps {asked}; {binds(near)}: {nearest}"
