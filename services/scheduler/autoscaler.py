@@ -224,6 +224,6 @@ class Autoscaler:
 def _in_words(wanted: Sizes, sizes: Sizes, acts: bool) -> str:
     """A change for a person."""
     if not wanted:
-        return "no change: sizes are right, fewer have not been enough for long enough, or no more are measured or allowed"
+        return "no change: sizes are right, fewer were not enough for long enough, or no more are measured or allowed"
     what = ", ".join(f"{pool} {sizes[pool]} -> {count}" for pool, count in wanted.items())
     return what if acts else f"would change {what}"
