@@ -142,28 +142,9 @@ def collect(api, worker, files, receives, count, capacity, woken, times, frame, 
 
 @kernel
 def march(
-    api,
-    worker,
-    files,
-    receives,
-    count,
-    capacity,
-    woken,
-    patience,
-    score,
-    first,
-    lines,
-    expected,
-    frame,
-    headers,
-    x,
-    rows,
-    columns,
-    sequence,
-    homes,
-    chosen,
-    taken,
-):
+    api, worker, files, receives, count, capacity, woken, patience, score, first, lines, expected, frame, headers, x,
+    rows, columns, sequence, homes, chosen, taken
+):  # fmt: skip
     """Many layers one after the other: what is recorded of each, and its exchange; returns the entry where it stopped.
 
     Args:

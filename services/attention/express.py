@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +52,14 @@ class Sent:
     started: float
     waited: bool = False
     """Long enough for its replies to be Python's."""
+
+
+class Marched(NamedTuple):
+    """What has come of a ``march``."""
+
+    halt: Halt
+    seconds: dict[int, float]
+    """Of each exchange that is done, by the number of its layer among those with experts."""
 
 
 class Express:
@@ -106,73 +115,57 @@ class Express:
 
     def dispatch(self, layer: int, rows: Tensor, sequence: int) -> Sent | None:
         """Send rows [T, hidden]; None: they have to go another way."""
-        to, count = self._to, len(rows)
-        fits = 0 < count <= MOST_ROWS and rows.dtype is torch.float32 and rows.is_contiguous()
-        if not self._on or to is None or self.open or not fits or to.live != self._targets.live:
+        to, lane, started = self._whom(rows), self._lane, time.monotonic()
+        if to is None or lane.enter(len(to.lines)) is None:
             return None
-        if not self._lane.enter(len(to.lines)):
-            return None
-        header, started = to.headers[layer].ctypes.data, time.monotonic()
-        frame, where = to.frame.data_ptr(), rows.data_ptr()
-        if not ask(self._lane.functions, to.lines, frame, header, where, count, self._hidden, sequence):
-            return None
-        self.open = Sent(layer, sequence, rows, started)
+        addresses = to.frame.data_ptr(), to.headers[layer].ctypes.data, rows.data_ptr()
+        if ask(lane.functions, to.lines, *addresses, *rows.shape, sequence):
+            self.open = Sent(layer, sequence, rows, started)
         return self.open
+
+    def _whom(self, rows: Tensor) -> Addressed | None:
+        """Who is to be asked now; None: these rows have to go another way."""
+        to = self._to if self._on and not self.open else None
+        fits = 0 < len(rows) <= MOST_ROWS and rows.dtype is torch.float32 and rows.is_contiguous()
+        return to if to and fits and to.live == self._targets.live else None
 
     def combine(self, sent: Sent, x: Tensor) -> bool:
         """x [T, hidden] += the weighted parts of all replies. False: what has come is for Python to take."""
         lane, to, self.open = self._lane, self._to, None
-        if to is None or sent.waited or not x.is_contiguous():
-            return False
-        count, now = lane.enter(len(to.lines)), time.monotonic_ns()
-        if count < len(to.lines):
+        waiting = lane.enter(len(to.lines)) if to and not sent.waited and x.is_contiguous() else None
+        if to is None or waiting is None:
             return False
         self.chosen = self._room[: len(x)]
-        nap, patience = PATIENCE
-        times = now, nap, now + patience
-        result = collect(
-            lane.functions, lane.worker, lane.files, lane.receives, count, lane.capacity, lane.woken, times,
-            to.frame.data_ptr(), to.expected, self._targets.homes[sent.layer], self.chosen, x.data_ptr(),
-        )  # fmt: skip
+        (nap, patience), now = PATIENCE, time.monotonic_ns()
+        homes, times = self._targets.homes[sent.layer], (now, nap, now + patience)
+        result = collect(*waiting, times, to.frame.data_ptr(), to.expected, homes, self.chosen, x.data_ptr())
         if result != ADDED:
             lane.leave()
         return result == ADDED
 
-    def march(
-        self, score: Score, first: int, rows: Tensor, x: Tensor, sequence: int
-    ) -> tuple[Halt, int, list[tuple[int, float]]] | None:
-        """See ``Exchange``; ``sequence``: of the first exchange.
-
-        Returns where it stopped, how many exchanges were begun, and of those that are done the layer's number and how
-        many seconds each took; ``choices`` are what their rows have chosen.
-        """
-        lane, to, count = self._lane, self._to, len(rows)
-        if not self._on or to is None or self.open or count > MOST_ROWS:
+    def march(self, score: Score, first: int, rows: Tensor, x: Tensor, sequence: int) -> Marched | None:
+        """See ``Exchange``; ``sequence``: of the first exchange. ``choices``: what rows have chosen in each layer."""
+        lane, to = self._lane, self._whom(rows)
+        waiting = lane.enter(len(to.lines)) if to and tuple(to.headers) == score.layers else None
+        if to is None or waiting is None:
             return None
-        if to.live != self._targets.live or tuple(to.headers) != score.layers:
-            return None
-        posted = lane.enter(len(to.lines))
-        if posted < len(to.lines):
-            return None
-        self.choices = np.empty((len(score.layers), count, self._top_k), np.uint32)
+        self.choices = np.empty((len(score.layers), len(rows), self._top_k), np.uint32)
         taken = np.zeros(len(score.layers), np.int64)
         entry, result, began = march(
-            lane.functions, lane.worker, lane.files, lane.receives, posted, lane.capacity, lane.woken, PATIENCE,
-            score.entries, first, to.lines, to.expected, to.frame.data_ptr(), to.addresses, x.data_ptr(),
-            rows.data_ptr(), self._hidden, sequence, to.homes, self.choices, taken,
+            *waiting, PATIENCE, score.entries, first, to.lines, to.expected, to.frame.data_ptr(), to.addresses,
+            x.data_ptr(), rows.data_ptr(), self._hidden, sequence, to.homes, self.choices, taken,
         )  # fmt: skip
         if result != ADDED:
             lane.leave()
         if result == REFUSED:
             raise ValueError("a kernel of this step refused its input (an index is out of range) or had no memory")
-        done = [(number, seconds / 1e9) for number, seconds in enumerate(taken.tolist()) if seconds]
-        if entry == len(score.entries):
-            return Halt(entry, None), len(done), done
-        if result == SENT_NOTHING:
-            return Halt(entry + 1, None), len(done), done
-        layer = score.layers[int(score.entries[entry, 3])]
-        self.open = Sent(layer, sequence + len(done), rows, began / 1e9, waited=True)
-        return Halt(entry + 1, self.open), len(done) + 1, done
+        done = {number: seconds / 1e9 for number, seconds in enumerate(taken.tolist()) if seconds}
+        if result == ADDED:
+            return Marched(Halt(entry, None), done)
+        if result != SENT_NOTHING:
+            layer = score.layers[int(score.entries[entry, 3])]
+            self.open = Sent(layer, sequence + len(done), rows, began / 1e9, waited=True)
+        return Marched(Halt(entry + 1, self.open), done)
 
     def sent_bytes(self, rows: int) -> int:
         """Of the rows of one exchange."""

@@ -254,19 +254,21 @@ class MeshExchange:
     def march(self, score: Score, first: int, rows: Tensor, x: Tensor) -> Halt | None:
         if self._express is None or self._inbox.open:
             return None
-        marched = self._express.march(score, first, rows, x, self._sequence + 1)
+        express = self._express
+        marched = express.march(score, first, rows, x, self._sequence + 1)
         if marched is None:
             return None
-        halt, begun, layers = marched
+        halt, done = marched
+        begun = len(done) + (halt.handle is not None)
         self._sequence += begun
-        self._stats.express += len(layers)
-        for number, seconds in layers:
+        for number, seconds in done.items():
             self._took(seconds)
             if self._tap:
-                self._tap.combined(score.layers[number], self._express.choices[number])
-        self._stats.waited += sum(seconds for _, seconds in layers)
-        self._stats.bytes_sent += begun * self._express.sent_bytes(len(rows))
-        self._stats.bytes_received += len(layers) * self._express.received_bytes(len(rows))
+                self._tap.combined(score.layers[number], express.choices[number])
+        self._stats.express += len(done)
+        self._stats.waited += sum(done.values())
+        self._stats.bytes_sent += begun * express.sent_bytes(len(rows))
+        self._stats.bytes_received += len(done) * express.received_bytes(len(rows))
         return halt
 
     # ---- frames -----------------------------------------------------------------------------------------

@@ -65,21 +65,20 @@ class Express:
 
     def serve(self) -> int:
         """Answer what comes for a moment; returns how many frames. Afterwards ``news`` says whether there is more."""
-        count = self._lane.enter() if len(self._senders) else 0
-        self.news = not count
-        if not count:
+        waiting, lane = self._lane.enter() if len(self._senders) else None, self._lane
+        self.news = waiting is None
+        if waiting is None:
             return 0
-        now, lane = time.monotonic_ns(), self._lane
+        now = time.monotonic_ns()
         lane.settle()  # whoever has called has looked at what it was about
-        times = now, int(BUSY_SLEEP_S * 1e9), now + int(TURN_S * 1e9)
         strange = serve(
-            lane.functions, lane.worker, lane.files, lane.receives, count, lane.capacity, lane.woken, times,
-            self._facts, self._senders, self._numbers, self._recorded, self._homes, self._stats.by_expert, self._tally,
+            *waiting, (now, int(BUSY_SLEEP_S * 1e9), now + int(TURN_S * 1e9)), self._facts, self._senders,
+            self._numbers, self._recorded, self._homes, self._stats.by_expert, self._tally,
         )  # fmt: skip
         answered = self._count()
         if strange or not answered:
             lane.leave()
-        self.news = bool(strange or lane.woken[0])
+        self.news = strange or lane.woken
         return answered
 
     def _count(self) -> int:

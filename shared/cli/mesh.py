@@ -16,7 +16,7 @@ from shared.bus import Bus
 from shared.cli.children import Child, ChildDied, cores
 from shared.cli.owned import living, owned_directory
 from shared.cli.serve import FOLLOW_PARENT
-from shared.errors import MoemeshError, Refused
+from shared.errors import ConfigError, MoemeshError, Refused
 from shared.membership import Members
 from shared.messages import Heartbeat, Kind, Subjects
 from shared.nats_server import NatsServer
@@ -54,13 +54,18 @@ class MeshFailed(MoemeshError):
 
 
 def local_nats(mesh: str) -> str:
-    """URL of the NATS server that `up` has started on this machine for a mesh, "" if there is none."""
+    """URL of the NATS server that `up` has started on this machine for a mesh, "" if there is none.
+
+    Raises ConfigError where several meshes have that name.
+    """
+    found: list[str] = []
     for directory in living(NATS_DIRECTORY):
         with suppress(OSError, ValueError):
             name, url = (directory / ADDRESS).read_text().split()
-            if name == mesh:
-                return url
-    return ""
+            found += [url] if name == mesh else []
+    if len(found) > 1:
+        raise ConfigError("--nats", f"{len(found)} meshes here are called {mesh!r}: name one of {', '.join(found)}")
+    return found[0] if found else ""
 
 
 class LocalMesh:

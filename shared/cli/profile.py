@@ -11,11 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from shared.cli.progress import progress
+
 if TYPE_CHECKING:
     from shared.planning.amax import Amax
     from shared.planning.fit import Point
     from shared.planning.sizes import Sizes
 
+POOR = 0.3
+"""Error of a time per token that says that something else has had the cores."""
 MOST_NUMBERS = 12
 """Of either pool, batch or context: fits try all subsets of what may cost time."""
 
@@ -51,7 +55,8 @@ def profile(
     effort = PACED if pace else Effort()
     with ExitStack() as undo:
         undo.callback(trace.unlink, missing_ok=True)  # it would be in the way of the next try
-        measured = asyncio.run(measure(model, shapes, effort, source.spec.vocab_size, trace, pace))
+        with progress() as tell:
+            measured = asyncio.run(measure(model, shapes, effort, source.spec.vocab_size, trace, pace, tell))
         undo.pop_all()
     sizes = sizes_of(source.spec, source.name)
     tables = tables_of(trace, sizes, measured)
@@ -67,7 +72,7 @@ def check_enough(shapes: int, lists: Mapping[str, Sequence[int]]) -> None:
     from shared.planning.fit import LEAST_POINTS
 
     if shapes < LEAST_POINTS:
-        few = f"{shapes} batches of at least one sequence for each attention instance: a fit takes {LEAST_POINTS}"
+        few = f"only {shapes} measurements with a sequence for each attention instance: a fit takes {LEAST_POINTS}"
         raise ConfigError("--batch", f"{few}; give more numbers of sequences, contexts or instances")
     for name, given in lists.items():
         if len(given) > MOST_NUMBERS:
@@ -104,3 +109,5 @@ def show(points: Sequence["Point"], predictions: Sequence[float]) -> None:
     console.print(table)
     sizes = sorted(map(abs, errors))
     console.print(f"errors: median {sizes[len(sizes) // 2]:.1%}, worst {sizes[-1]:.1%}", highlight=False)
+    if sizes[-1] > POOR:
+        console.print("plans from this fit are as far off: measure again, with nothing else running", highlight=False)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -56,14 +57,16 @@ PACED = Effort(output=48, repeats=1)
 
 
 async def measure(
-    model: str, shapes: Sequence[Shape], effort: Effort, vocab: int, trace: Path | None = None, pace: str = ""
-) -> list[Point]:
+    model: str, shapes: Sequence[Shape], effort: Effort, vocab: int, trace: Path | None = None, pace: str = "",
+    tell: Callable[[str, float], None] = lambda what, share: None,
+) -> list[Point]:  # fmt: skip
     """The median of the repeats for every shape, by meshes. Shapes take turns, so that what the machine does meanwhile
     does not look like a difference between them.
 
     Args:
         trace: a new file for the routing of the first mesh.
         pace: profile whose times instances keep; "": their own.
+        tell: told which mesh is measured, and which share of that is done.
 
     Raises:
         NotMeasured: a batch did not decode long enough together.
@@ -77,8 +80,11 @@ async def measure(
             pages = await Pages.of(mesh)
             take = partial(undisturbed, mesh, pages, effort.output, vocab)
             await take(mine[0], effort.repeats)  # to warm up
-            rounds = [[await take(shape, seed) for shape in mine] for seed in range(effort.repeats)]
-            points += map(middle, zip(*rounds, strict=True))
+            turns, taken = list(product(range(effort.repeats), mine)), []
+            for seed, shape in turns:
+                tell(f"{attention}A{experts}E", len(taken) / len(turns))
+                taken.append(await take(shape, seed))
+            points += [middle(taken[first :: len(mine)]) for first in range(len(mine))]
     return points
 
 

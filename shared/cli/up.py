@@ -33,7 +33,9 @@ def up(
     kv_memory: Annotated[str, typer.Option(help="memory of each KV cache, e.g. 512MiB")] = "",
     api_key: Annotated[str, typer.Option(help="bearer token that /v1 requires")] = "",
     pace: Annotated[str, typer.Option(help="device profile, by name or file, whose times all instances keep")] = "",
-    autoscale: Annotated[str, typer.Option(help="size the pools by demand: off, observe or on")] = "",
+    autoscale: Annotated[
+        str, typer.Option(envvar="MOEMESH_AUTOSCALE", help="size the pools by demand: off, observe or on")
+    ] = "",
     slo_tpot_ms: Annotated[float, typer.Option(min=0, help="milliseconds that a token may take, for --autoscale")] = 0,
     profile: Annotated[str, typer.Option(help="file of `moemesh profile`, for --autoscale")] = "",
     verbose: Annotated[bool, typer.Option(help="show every service's log")] = False,
@@ -43,6 +45,8 @@ def up(
         raise typer.BadParameter("a monolith has no expert instances", param_hint="--experts")
     if monolith and autoscale not in ("", "off"):
         raise typer.BadParameter("a monolith has no scheduler that could size it", param_hint="--autoscale")
+    if (slo_tpot_ms or profile) and autoscale in ("", "off"):
+        raise typer.BadParameter("nothing is sized by --slo-tpot-ms or --profile without it", param_hint="--autoscale")
     given = {
         "served_model_name": served_model_name,
         "max_model_len": max_model_len or "",

@@ -186,24 +186,24 @@ class Incoming(Protocol):
         ...
 
 
+Waiting = tuple[NDArray[np.int64], int, NDArray[np.int64], NDArray[np.int64], int, int, NDArray[np.int64]]
+"""What compiled code takes that receives: functions, worker, files, the table of receives, how many they are, bytes of
+each, and woken; see shared/transport/ucp.py."""
+
+
 class Lane(Protocol):
     """A transport as compiled code uses it (shared/express.py). For the thread of the transport, between receives."""
 
     functions: NDArray[np.int64]
-    """UCX's, as shared/transport/ucp.py takes them."""
-    worker: int
-    files: NDArray[np.int64]
-    woken: NDArray[np.int64]
-    receives: NDArray[np.int64]
-    """See ucp.py."""
-    capacity: int
-    """Bytes of each receive."""
+    """As in ``Waiting``."""
 
-    def enter(self, together: int = 1) -> int:
-        """How many receives there are in the table, ``together`` if possible, for as many frames are awaited at once.
+    @property
+    def woken(self) -> bool:
+        """There was a ``wake`` of which nobody has taken notice."""
+        ...
 
-        0: frames wait that only ``receive`` delivers, or sends.
-        """
+    def enter(self, together: int = 1) -> Waiting | None:
+        """To wait for ``together`` frames at once. None: ``receive`` has frames to deliver first, or to send."""
         ...
 
     def leave(self) -> None:

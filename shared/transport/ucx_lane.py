@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.transport.base import Peer
+from shared.transport.base import Peer, Waiting
 from shared.transport.ucx_frames import Receives, UcxPeer
 
 
@@ -13,7 +13,7 @@ class UcxLane:
     """See ``Lane``.
 
     Args:
-        functions, worker, files, woken, capacity: see ``Lane``.
+        functions, worker, files, woken, capacity: see ``Waiting``.
         receives: those of the transport.
         ready: posts what is missing for so many frames; False while some wait to be delivered, or sent.
         leave, settle: see ``Lane``.
@@ -24,12 +24,19 @@ class UcxLane:
         receives: Receives, capacity: int, ready: Callable[[int], bool], leave: Callable[[], None],
         settle: Callable[[], None],
     ) -> None:  # fmt: skip
-        self.functions, self.worker, self.files, self.woken = functions, worker, files, woken
-        self.receives, self.capacity = receives.table, capacity
-        self._receives, self._ready, self.leave, self.settle = receives, ready, leave, settle
+        self.functions, self._worker, self._files, self._woken = functions, worker, files, woken
+        self._receives, self._capacity = receives, capacity
+        self._ready, self.leave, self.settle = ready, leave, settle
 
-    def enter(self, together: int = 1) -> int:
-        return self._receives.count if self._ready(together) else 0
+    @property
+    def woken(self) -> bool:
+        return bool(self._woken[0])
+
+    def enter(self, together: int = 1) -> Waiting | None:
+        receives = self._receives
+        if not self._ready(together) or receives.count < together:
+            return None
+        return self.functions, self._worker, self._files, receives.table, receives.count, self._capacity, self._woken
 
     def line(self, peer: Peer, kept: object) -> tuple[int, int]:
         assert isinstance(peer, UcxPeer)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.attention.exchange import ExpertInstance, Neighbour, View
 from services.attention.mesh_exchange import MeshExchange
+from services.attention.pending import ExchangeStats
 from services.attention.ways import Gate, Phase, Ways
 from services.experts.answers import KnownPlacement
 from services.experts.relay import Neighbour as ExpertNeighbour
@@ -124,6 +125,11 @@ def run_step(
         return False
     finally:
         exchange.end()
+
+
+def undisturbed(stats: ExchangeStats) -> bool:
+    """No repeats and no frames thrown away, but for the few groups to which a thread of the test came too late."""
+    return stats.repeats["group"] == stats.repeats.total() <= stats.exchanges // 4 and set(stats.dropped) <= {"late"}
 
 
 @contextmanager
