@@ -95,7 +95,7 @@ class UcxTransport:
             self._post_receives()
             self._nap = self._first_nap
             self._sending = [peer for peer in self._sending if peer.advance()]
-            return not (self._ready or self._sending)
+            return not (self._ready or any(peer.waits for peer in self._sending))
 
         def leave() -> None:
             self._take_ended()

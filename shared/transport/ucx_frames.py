@@ -110,6 +110,11 @@ class UcxPeer:
     def alive(self) -> bool:
         return not (self._closed or self._broken) and self._endpoint.alive
 
+    @property
+    def waits(self) -> bool:
+        """There are frames behind the one that UCX holds."""
+        return bool(self._queue)
+
     def push(self, frame: SendBuffer) -> None:
         frame.users += 1
         self._queue.append(frame)

@@ -98,3 +98,26 @@ def test_frames_with_and_without_rows_apart_mix():
 def test_transports_that_do_not_exist_are_refused():
     with pytest.raises(TransportError, match="nonsense"):
         UcxTransport(MAX_FRAME, tls="nonsense")
+
+
+def test_compiled_code_receives_while_ucx_holds_a_long_frame_but_not_while_another_waits_behind_it():
+    a, b = UcxTransport(MAX_FRAME), UcxTransport(MAX_FRAME)
+    peer: Any = a.connect(b.address)
+    for sequence in range(2):
+        send(a, peer, sequence, rows=10_000)
+        receive(b, sequence, a)
+        while peer.advance():
+            assert a.receive(0.0) is b.receive(0.0) is None
+    lane = a.lane
+    assert lane is not None
+    send(a, peer, 2, rows=10_000)
+    assert peer.requests.any()  # until the other side takes it
+    first = lane.enter()
+    send(a, peer, 3, rows=10_000)
+    second = lane.enter()
+    for sequence in (2, 3):
+        receive(b, sequence, a)
+    a.close()
+    b.close()
+    assert first is not None
+    assert second is None
