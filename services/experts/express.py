@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ class Express:
         self._numbers = np.full(max(layers) + 1, -1, np.int64)
         self._numbers[self._order] = np.arange(len(layers))
         self._tally = np.zeros(5, np.int64)
+        self._lines: WeakKeyDictionary[Peer, tuple[int, int, int]] = WeakKeyDictionary()
+        """Endpoint, requests and the room that all replies to a peer are sent from: as long as the peer is."""
         self.news = True
         """Something has come that is not for us: a frame, or a wake."""
         self.forget()
@@ -63,6 +66,10 @@ class Express:
         self._recorded[self._numbers[header.layer], header.rows] = answering.recorded
         self._meet(peer, header.sender)
 
+    def settle(self) -> None:
+        """Take notice of wakes: for who looks right afterwards at what they are about."""
+        self._lane.settle()
+
     def serve(self) -> int:
         """Answer what comes for a moment; returns how many frames. Afterwards ``news`` says whether there is more."""
         waiting, lane = self._lane.enter() if len(self._senders) else None, self._lane
@@ -70,7 +77,6 @@ class Express:
         if waiting is None:
             return 0
         now = time.monotonic_ns()
-        lane.settle()  # whoever has called has looked at what it was about
         strange = serve(
             *waiting, (now, int(BUSY_SLEEP_S * 1e9), now + int(TURN_S * 1e9)), self._facts, self._senders,
             self._numbers, self._recorded, self._homes, self._stats.by_expert, self._tally,
@@ -106,7 +112,8 @@ class Express:
         number = np.uint64(sender).astype(np.int64)
         if number in self._senders[:, 0]:
             return
-        most = MOST_ROWS * self._limits.top_k
-        room = torch.empty(body_offset(most * PARTS.itemsize) + 4 * most * self._limits.hidden, dtype=torch.uint8)
-        line = number, *self._lane.line(peer, room), room.data_ptr()
-        self._senders = np.vstack([self._senders, np.array([line], np.int64)])
+        if peer not in self._lines:
+            most = MOST_ROWS * self._limits.top_k
+            room = torch.empty(body_offset(most * PARTS.itemsize) + 4 * most * self._limits.hidden, dtype=torch.uint8)
+            self._lines[peer] = *self._lane.line(peer, room), room.data_ptr()
+        self._senders = np.vstack([self._senders, np.array([(number, *self._lines[peer])], np.int64)])

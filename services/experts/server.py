@@ -142,19 +142,24 @@ class ExpertServer:
 
     def run(self) -> None:
         """Serve until ``stop``; the caller closes the transport."""
-        while not self._stopped.is_set():
-            self._obey()
+        while self._look():
             if self._waiting:
                 self._answer_all(self._waiting.due())
             if self._express and self.idle_for() < BUSY_S and self._turn(self._express):
                 continue
             incoming = self._transport.receive(IDLE_S, busy=self.idle_for() < BUSY_S)
-            if incoming is None:
-                self._awake.release()
-            else:
+            if incoming is not None:
                 self._awake.hold()
                 self._take(incoming)
+            elif self.idle_for() > IDLE_S:
+                self._awake.release()
+
+    def _look(self) -> bool:
+        """Take notice of wakes, and then of what they are about. False: it is the end."""
+        if self._express:
+            self._express.settle()
         self._obey()
+        return not self._stopped.is_set()
 
     def _turn(self, express: Express) -> bool:
         """Answer frames for a moment; False: ``receive`` has to look at what has come."""

@@ -84,6 +84,7 @@ async def measure(
             for seed, shape in turns:
                 tell(f"{attention}A{experts}E", len(taken) / len(turns))
                 taken.append(await take(shape, seed))
+            tell(f"{attention}A{experts}E", 1.0)
             points += [middle(taken[first :: len(mine)]) for first in range(len(mine))]
     return points
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ def mesh(engine: Engine) -> Iterator[Engine]:
         print(logs(engine))
     finally:
         engine.compose("down", "--timeout", "20")
-        engine.command("docker", "volume", "rm", "mesh_nats")  # compiled kernels stay for the next mesh
+        with suppress(CommandFailed):  # there is none where `up` has failed
+            engine.command("docker", "volume", "rm", "mesh_nats")  # compiled kernels stay for the next mesh
 
 
 def logs(engine: Engine) -> str:

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ import torch
 
 from services.attention.exchange import ExpertInstance, View
 from services.attention.mesh_exchange import MeshExchange
+from services.experts.answers import KnownPlacement, ServerLimits, ServerStats
+from services.experts.express import RECORDED
+from services.experts.express import Express as ExpertExpress
 from shared.activation import PARTS
 from shared.kernels.base import select_kernels
-from shared.messages import Placement
+from shared.messages import Placement, Policy
 from shared.transport.base import FrameKind, Header, Incoming, Peer
 from shared.transport.ucx import UcxTransport
 
@@ -215,3 +220,33 @@ def test_an_instance_that_is_silent_is_left_to_deadlines_and_asked_again(pool: P
     pool.check(2)
     assert pool.exchange.stats().repeats["deadline"] >= 1
     pool.check(2)
+
+
+class Line:
+    """Of a lane only what a sender's line is made of; counts the rooms that it is given to keep."""
+
+    def __init__(self) -> None:
+        self.rooms = 0
+
+    def line(self, peer: object, kept: object) -> tuple[int, int]:
+        self.rooms += 1
+        return 1, 2
+
+
+class Sender:
+    """A peer."""
+
+
+def test_a_peer_is_answered_from_one_room_however_often_placements_change():
+    lane, peer = Line(), Sender()
+    layers: Any = {0: SimpleNamespace(answering=lambda rows: SimpleNamespace(recorded=(0,) * RECORDED))}
+    stats = ServerStats(np.zeros((1, 2, 4), np.int64))
+    express = ExpertExpress(
+        cast(Any, lane), layers, ServerLimits(HIDDEN, torch.float32, 8, 4, 2), stats, mesh=MESH, incarnation=US
+    )
+    for version in range(1, 5):
+        known = KnownPlacement(version, 0, {0: np.ones(4, np.uint64)}, Policy.ACTIVATED)
+        express.learn(cast(Any, peer), Header(FrameKind.DISPATCH, MESH, US, 1, rows=2), known)
+        express.forget()
+    express.learn(cast(Any, Sender()), Header(FrameKind.DISPATCH, MESH, US, 1, rows=2), known)
+    assert lane.rooms == 2
