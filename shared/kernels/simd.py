@@ -14,6 +14,8 @@ from numba.core import cgutils, config
 
 LANES = 16
 FLOAT, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+AHEAD = 16
+"""Scattered rows are asked for so many rows before they are read: no hardware guesses where they are."""
 E4M3_UNIT = 256.0
 """What ``from_e4m3`` leaves out."""
 _INTS, _FLOATS = ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
@@ -244,3 +246,12 @@ def row_number(emit: Emitter, kind: Any, value: Any, position: Any) -> Any:
         return emit.builder.add(value, position)
     data = emit.context.make_array(kind)(emit.context, emit.builder, value).data
     return emit.builder.sext(emit.builder.load(emit.builder.gep(data, [position])), I64)
+
+
+def row_soon(emit: Emitter, kind: Any, value: Any, position: Any) -> Any:
+    """Which row stands ``AHEAD`` positions further in an array of row numbers, or last in it."""
+    array = emit.context.make_array(kind)(emit.context, emit.builder, value)
+    (count,) = cgutils.unpack_tuple(emit.builder, array.shape)
+    ahead, last = emit.plus(position, AHEAD), emit.plus(count, -1)
+    inside = emit.builder.icmp_signed("<", ahead, last)
+    return row_number(emit, kind, value, emit.builder.select(inside, ahead, last))

@@ -24,6 +24,7 @@ from shared.kernels.simd import (
     Rows,
     from_e4m3,
     row_number,
+    row_soon,
     stored_rows,
 )
 
@@ -35,11 +36,16 @@ _HEIGHTS = {4: (4, 2, 1), 3: (3, 1)}[TILE_ROWS]
 """Rows of a tile: the first as often as it fits, the next for what is left."""
 
 
-def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows | Fp8Rows, ws: list[Any]) -> Any:
-    """The dot products of all pairs of row pointers (up to 16 pairs), row-major in one vector."""
+def _dot_tile(emit: Emitter, x: Rows, xs: list[Any], w: Rows | Fp8Rows, ws: list[Any], soon: list[Any]) -> Any:
+    """The dot products of all pairs of row pointers (up to 16 pairs), row-major in one vector.
+
+    ``soon``: rows of w that will be wanted some time after ``ws``, or none.
+    """
 
     def step(k: Any, sums: list[Any], mask: Any = None) -> list[Any]:
         a, b = [x.load(row, k, mask) for row in xs], [w.load(row, k, mask) for row in ws]
+        for row in soon:
+            emit.prefetch(w.at(row, k), far=True)
         if w.dtype != types.float32:  # weights from memory: several short rows at a time defeat the hardware's guesses
             for row in ws:
                 emit.prefetch(emit.builder.gep(w.at(row, k), [emit.number(PREFETCH)]))
@@ -62,12 +68,14 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
         left, out = Rows(emit, kinds[0], args[0]), Rows(emit, kinds[7], args[7])
         right = stored_rows(emit, kinds[3], args[3])
         _, xi, rows, _, wi, first, last, _, i, j = args
+        scattered = right.dtype == types.float32 and isinstance(kinds[4], types.Array)  # as positions of a cache are
 
         def tile(m: Any, height: int, n: Any, width: int) -> None:
             ms, ns = [emit.plus(m, r) for r in range(height)], [emit.plus(n, c) for c in range(width)]
             xs = [left.row(row_number(emit, kinds[1], xi, r)) for r in ms]
             ws = [right.row(row_number(emit, kinds[4], wi, c)) for c in ns]
-            sums, column = _dot_tile(emit, left, xs, right, ws), builder.add(j, builder.sub(n, first))
+            soon = [right.row(row_soon(emit, kinds[4], wi, c)) for c in ns] if scattered else []
+            sums, column = _dot_tile(emit, left, xs, right, ws, soon), builder.add(j, builder.sub(n, first))
             for r, row in enumerate(ms):
                 emit.store_part(sums, r * width, width, out.at(out.row(builder.add(i, row)), column))
 
@@ -125,7 +133,9 @@ def mix_block(typing_context, p, i, rows, first, last, v, vi, y, j, d, lanes):
             ys = [out.row(builder.add(j, emit.plus(m, r))) for r in range(height)]
 
             def step(n: Any, sums: list[Any]) -> list[Any]:
-                row = values.row(row_number(emit, kinds[6], vi, n))
+                row, soon = (values.row(number(emit, kinds[6], vi, n)) for number in (row_number, row_soon))
+                for column, _ in parts:
+                    emit.prefetch(values.at(soon, column), far=True)
                 b = [values.load(row, column, mask) for column, mask in parts]
                 a = [emit.splat(builder.load(builder.gep(p, [n]))) for p in weight_pointers]
                 pairs = [(factor, value) for factor in a for value in b]
