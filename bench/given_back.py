@@ -1,6 +1,6 @@
 """How fast is memory in use again that a process gave back to the system, so long after?
 
-    python bench/given_back.py [--mib 512] [--silences 0,0.5,1,3,5] --json
+    python bench/given_back.py [--mib 512] [--silences 0,0.5,1,2,3,5] --json
 
 No service runs: this is what a start after a silence cannot be faster than (bench/elastic.py), for experts that are
 stopped give their memory back. A virtual machine with free page reporting hands it on to its host a moment later, and
@@ -36,7 +36,7 @@ def _touch(memory: mmap.mmap) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--mib", type=int, default=512, help="memory")
-    p.add_argument("--silences", default="0,0.5,1,3,5", help="seconds, comma-separated")
+    p.add_argument("--silences", default="0,0.5,1,2,3,5", help="seconds, comma-separated")
     p.add_argument("--json", action="store_true", help="accepted for symmetry: the last line is always JSON")
     args = p.parse_args()
     rates = {}

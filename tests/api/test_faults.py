@@ -37,9 +37,11 @@ async def complete(http: httpx.AsyncClient, **fields) -> dict:
     return response.json()["choices"][0]
 
 
-async def streamed(mesh: FakeMesh, **fields) -> tuple[str, list[int]]:
-    """Joined text and token ids of a stream that must end well."""
+async def streamed(mesh: FakeMesh, begun: list[int] | None = None, **fields) -> tuple[str, list[int]]:
+    """Joined text and token ids of a stream that must end well; ``begun`` gets its status when it is accepted."""
     async with post(mesh.url, "/v1/completions", STREAM | fields) as stream:
+        if begun is not None:
+            begun.append(stream.status)
         *events, done = await stream.all()
     assert done == "[DONE]"
     assert all("error" not in e for e in events), events[-1]
@@ -225,8 +227,9 @@ async def test_not_ready_says_why(mesh, http):
 async def test_nats_restarts_under_streams_and_the_same_bytes_arrive(mesh, http):
     clean = [await complete(http, seed=seed) for seed in range(16)]
     slowly(mesh, 0.02)
-    streams = [asyncio.create_task(streamed(mesh, seed=seed)) for seed in range(16)]
-    await until(lambda: sum(len(f.work) for f in mesh.fakes) == 16)
+    begun: list[int] = []
+    streams = [asyncio.create_task(streamed(mesh, begun, seed=seed)) for seed in range(16)]
+    await until(lambda: len(begun) == 16)  # the gateway knows that they are accepted, too
     await mesh.nats.stop()
     await asyncio.sleep(0.3)  # tokens are made meanwhile and lost
     await mesh.nats.start()

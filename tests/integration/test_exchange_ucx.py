@@ -251,7 +251,7 @@ async def check_metrics(bench: Bench) -> None:
     assert "moemesh_expert_tokens_total{" in text
 
     def express() -> float:  # counted when compiled code returns, a moment after it has answered
-        lines = httpx.get(heartbeat.url + "/metrics").text.splitlines()
+        lines = httpx.get(heartbeat.url + "/metrics", timeout=30).text.splitlines()
         return float(dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")["moemesh_answers_express_total"])
 
     await until(express, "frames answered by compiled code, though replies are long")
