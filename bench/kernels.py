@@ -20,6 +20,8 @@ ROTATION_BYTES = 256 << 20
 """Weights are taken in turn from copies of this size together, so that they do not stay in the caches."""
 FP8_BLOCK = 128
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 16, 4, 64, 512
+MOST_SEQUENCES = 64
+"""Attention over blocks in random order is measured for so many."""
 
 
 def parse() -> argparse.Namespace:
@@ -55,7 +57,7 @@ def forms() -> dict[str, Callable[[Any], Any]]:
         factors = torch.full([-(-size // FP8_BLOCK) for size in matrix.shape], 0.01)
         return Fp8Blocks((matrix * 100).to(torch.float8_e4m3fn), factors, (FP8_BLOCK, FP8_BLOCK))
 
-    return {"": lambda matrix: matrix.bfloat16(), " fp8": fp8}
+    return {"": lambda matrix: matrix.bfloat16(), " fp8": fp8, " fp32": lambda matrix: matrix.float().clone()}
 
 
 def products(
@@ -83,6 +85,26 @@ def products(
     yield f"experts{suffix}", feed_forward, tables[0].nbytes / args.experts * used, 2.0 * 4 * rows * area
 
 
+def scattered(kernels: Any, rows: int) -> tuple[str, Callable[[int], object], float, float]:
+    """A case of ``cases``: rows of as many sequences, whose blocks lie in random order."""
+    import torch
+
+    from shared.kernels.base import Paged, Visibility
+
+    blocks = rows * CONTEXT // 16
+    shape = blocks, 16, KV_HEADS, HEAD_DIM
+    read = 2.0 * rows * CONTEXT * KV_HEADS * HEAD_DIM * 4
+    caches = [(torch.randn(shape), torch.randn(shape)) for _ in range(max(1, int(ROTATION_BYTES // read)))]
+    tables, one = torch.randperm(blocks).view(rows, -1).int(), torch.ones(rows, dtype=torch.int32)
+    at = Paged(tables, torch.arange(rows).int(), (CONTEXT - 1) * one)
+    q, mixed = torch.randn(rows, HEADS, HEAD_DIM), torch.empty(rows, HEADS * HEAD_DIM)
+
+    def attend(i: int) -> object:
+        return kernels.attention(q, caches[i % len(caches)], at, Visibility(0.125), mixed)
+
+    return "scattered", attend, read, 4.0 * rows * CONTEXT * HEADS * HEAD_DIM
+
+
 def cases(
     kernels: Any, args: argparse.Namespace, rows: int
 ) -> Iterator[tuple[str, Callable[[int], object], float, float]]:
@@ -106,6 +128,8 @@ def cases(
         return kernels.attention(q, (cache, cache), at, Visibility(0.125), mixed)
 
     yield "attention", attend, 2.0 * seen * KV_HEADS * HEAD_DIM * 4, 4.0 * seen * HEADS * HEAD_DIM
+    if rows <= MOST_SEQUENCES:
+        yield scattered(kernels, rows)
 
     x, norm = torch.randn(rows, args.hidden), torch.ones(args.hidden)
     out = torch.empty_like(x)
@@ -136,7 +160,7 @@ def main() -> None:
             }
             result["kernels"].append({k: round(v, 1) if isinstance(v, float) else v for k, v in line.items()})
             rates = f"{line['gb_s']:7.1f} GB/s {line['gflop_s']:7.1f} GFLOP/s"
-            print(f"{name:>11} {rows:>5} rows {line['us']:10.1f} us {rates}")
+            print(f"{name:>12} {rows:>5} rows {line['us']:10.1f} us {rates}")
     print(json.dumps(result))
 
 
