@@ -215,12 +215,12 @@ def _serve(api, address, capacity, facts, senders, numbers, recorded, homes, cou
     )  # fmt: skip
     if code != DONE:
         return False
+    tally[BUSY_NS] += clock(api) - began  # whom the reply wakes may have this core before the call that sends returns
     sent = _reply(api, address, senders[who], room, parts, digest, most, np.uint64(facts[SENDER]))
     tally[ANSWERS] += 1
     tally[PARTS_MADE] += parts
     tally[BYTES_IN] += 4 * rows * facts[COLUMNS]
     tally[BYTES_OUT] += sent
-    tally[BUSY_NS] += clock(api) - began
     return True
 
 

@@ -37,7 +37,10 @@ CATALOGUE: Mapping[str, tuple[MetricKind, str]] = {
     "paced": ("gauge", "1 while this instance keeps a device profile's times instead of its own, by profile."),
     "paced_seconds": ("counter", "Time that work took by the device profile."),
     "paced_late_seconds": ("counter", "Time that work took longer than the device profile says."),
-    "compute_seconds": ("counter", "Time that experts spent on exchanges, waiting for frames excluded."),
+    "compute_seconds": (
+        "counter",
+        "Time that experts spent on exchanges, without waiting for frames and sending replies.",
+    ),
     "answers_express": ("counter", "Exchanges that were answered without the interpreter."),
     "answers": ("counter", "Exchanges for which experts were computed, those of a group once."),
     "exchange_bytes": ("counter", "Bytes of frames on the data plane, by direction."),

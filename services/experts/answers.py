@@ -94,6 +94,7 @@ class ServerStats:
     bytes_received: int = 0
     bytes_sent: int = 0
     busy_s: float = 0.0
+    """Without ``Answers.sending_s``."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class Answers:
         self._transport, self._layers, self._limits, self._relay = transport, layers, limits, relay
         self._mesh, self._incarnation = mesh, incarnation
         self._record, self._pace = record, pace
+        self.sending_s = 0.0
+        """Spent on sending replies so far: whom one wakes may have the core before the call that sends returns."""
         self.stats = ServerStats(np.zeros((len(layers), 2, limits.experts), np.int64))
         self._counts = dict(zip(sorted(layers), self.stats.by_expert, strict=True))
 
@@ -245,7 +248,9 @@ class Answers:
     def _send(self, peer: Peer, asked: Header, frame: Outgoing, digest: int, flags: int = 0) -> None:
         reply = self.reply(FrameKind.COMBINE, asked)
         reply.digest, reply.flags = digest, flags
+        began = time.monotonic()
         self._transport.send([peer], reply, frame)
+        self.sending_s += time.monotonic() - began
         self.stats.bytes_sent += reply.row_bytes + reply.meta_bytes
 
     def _end(self, begun: int, header: Header, parts: int) -> None:

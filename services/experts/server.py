@@ -172,7 +172,7 @@ class ExpertServer:
 
     def _take(self, incoming: Incoming) -> None:
         header, kept = incoming.header, False
-        self._last_frame = start = time.monotonic()
+        self._last_frame = time.monotonic()
         try:
             if header.mesh != self._mesh:
                 self.stats.dropped["foreign"] += 1
@@ -189,7 +189,6 @@ class ExpertServer:
         finally:
             if not kept:
                 incoming.release()
-            self.stats.busy_s += time.monotonic() - start
 
     def _drop(self, reason: str) -> None:
         if reason:
@@ -231,14 +230,12 @@ class ExpertServer:
     def _answer_all(self, questions: Iterable[Question]) -> None:
         """Those whose experts may be there by now; the others go on waiting."""
         for question in questions:
-            start = time.monotonic()
             if self._settle(question):
                 question.incoming.release()
-            self.stats.busy_s += time.monotonic() - start
 
     def _settle(self, question: Question) -> bool:
         """Answer a frame or refuse it. False: it waits."""
-        header = question.incoming.header
+        header, start, sending = question.incoming.header, time.monotonic(), self._answers.sending_s
         try:
             return self._serve(question, self._judge(header))
         except Refused as refused:
@@ -247,6 +244,8 @@ class ExpertServer:
             self._refuse(question.peer, header, Refusal.BAD_REQUEST, str(error))
         except NoLiveHome as error:
             self._refuse(question.peer, header, Refusal.NO_HOME, str(error))
+        finally:
+            self.stats.busy_s += time.monotonic() - start - (self._answers.sending_s - sending)
         return True
 
     def _judge(self, header: Header) -> KnownPlacement:

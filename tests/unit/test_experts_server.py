@@ -127,6 +127,23 @@ def test_cores_are_kept_awake_from_a_frame_until_silence(asker):
     assert asker.awake.history[:2] == [True, False]
 
 
+def test_time_in_which_a_reply_is_being_sent_is_not_the_experts(asker, monkeypatch):
+    """Whom it wakes may have the core meanwhile."""
+    send, slow = asker.far.send, 0.2
+
+    def slowly(*args) -> None:
+        time.sleep(slow)
+        send(*args)
+
+    asker.hello()
+    monkeypatch.setattr(asker.far, "send", slowly)
+    start = time.monotonic()
+    asker.send(FrameKind.DISPATCH, random_rows(3, 2))
+    asker.reply(FrameKind.COMBINE).release()
+    asker.settle()
+    assert 0 < asker.server.stats.busy_s < time.monotonic() - start - slow
+
+
 def test_rows_of_another_dtype_are_converted(asker):
     """Attention on a GPU may send bfloat16 to experts on a CPU."""
     asker.hello()
