@@ -60,7 +60,8 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
     """y[i + r, j + c] = x[row r] . w[row first + c] for r < rows and first + c < last.
 
     Row n of x is xi[n] when xi is an array, else xi + n; likewise for w. x and y are fp32; w is fp32, int16 holding
-    bf16, uint16 holding fp16, or what ``Fp8Rows`` takes.
+    bf16, uint16 holding fp16, or what ``Fp8Rows`` takes. wi of int64 are positions of a cache, far from each other:
+    their rows are asked for ahead. Columns of weights are int32 and come often, or stand side by side.
     """
 
     def codegen(context, builder, signature, args):
@@ -68,7 +69,7 @@ def dot_block(typing_context, x, xi, rows, w, wi, first, last, y, i, j):
         left, out = Rows(emit, kinds[0], args[0]), Rows(emit, kinds[7], args[7])
         right = stored_rows(emit, kinds[3], args[3])
         _, xi, rows, _, wi, first, last, _, i, j = args
-        scattered = right.dtype == types.float32 and isinstance(kinds[4], types.Array)  # as positions of a cache are
+        scattered = isinstance(kinds[4], types.Array) and kinds[4].dtype == types.int64
 
         def tile(m: Any, height: int, n: Any, width: int) -> None:
             ms, ns = [emit.plus(m, r) for r in range(height)], [emit.plus(n, c) for c in range(width)]
