@@ -10,13 +10,7 @@ from enum import IntEnum
 
 from shared.kernels.weights import Weight
 from shared.models.loader import Checkpoint
-from shared.models.slots import Slots, let_go, tensors_of
-
-IDLE_S = 1.0
-"""After so long without a start nothing of the checkpoint stays mapped."""
-
-MOST_MAPPED = 1 << 21
-"""Bytes of the checkpoint that this thread leaves mapped, plus one expert."""
+from shared.models.slots import Slots, tensors_of
 
 Read = Callable[[Checkpoint, int, int], tuple[Weight, ...]]
 """(checkpoint, layer, expert) -> its weights, as far as possible views of the mapped files. Raises ModelError."""
@@ -96,11 +90,7 @@ class Starts:
         self._open, self._read, self._slots, self._wake = open_checkpoint, read, slots, wake
         self._checkpoint: Checkpoint | None = None
         self._known: dict[tuple[int, int], tuple[Weight, ...]] = {}
-        """Views of experts in the open checkpoint."""
-        self._views: bool | None = None
-        """Whether experts are views; None: nobody has looked."""
-        self._touched: dict[tuple[int, int], int] = {}
-        """Bytes of those that were read since the last ``_let_go``."""
+        """Views of experts in the open checkpoint: where they are in its files."""
         self._queue = _Queue()
         self._changed = threading.Condition()
         self._ended: deque[Started] = deque()
@@ -135,58 +125,38 @@ class Starts:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopped, IDLE_S)
+                self._changed.wait_for(lambda: self._queue or self._stopped)
                 if self._stopped:
                     return
-                job = self._queue.pop() if self._queue else None
-            if job:
-                self._ended.append(self._start(*job))
-                with self._changed:
-                    more = self._queue.wanted_with(job[0])
-                if not more:  # what they are computed with is the core that starts them
-                    self._wake()
-            else:
-                self._let_go()
+                job = self._queue.pop()
+            self._ended.append(self._start(*job))
+            with self._changed:
+                more = self._queue.wanted_with(job[0])
+            if not more:  # what they are computed with is the core that starts them
+                self._wake()
 
     def _start(self, layer: int, expert: int, slot: int) -> Started:
         begun, blocks = time.monotonic(), _blocks_read()
         try:
-            if self._checkpoint:
-                self._checkpoint.check_files()
-            weights = self._known.get((layer, expert)) or self._find(layer, expert)
-            held = self._slots.fill(slot, weights)
+            if self._checkpoint is None:
+                self._checkpoint = self._open()
+            self._checkpoint.check_files()
+            weights = self._known.get((layer, expert)) or self._find(self._checkpoint, layer, expert)
+            held = self._slots.fill(slot, weights, self._checkpoint.read)
         except Exception as error:  # noqa: BLE001 - whatever it is, who waits must hear of it
-            self._close_checkpoint()
+            self._checkpoint = None
+            self._known.clear()
             return Started(layer, expert, slot, problem=str(error) or repr(error))
         size = sum(weight.nbytes for weight in weights)
-        if (layer, expert) in self._known:
-            self._touched[layer, expert] = size
-            if sum(self._touched.values()) > MOST_MAPPED:
-                self._let_go()
         return Started(layer, expert, slot, held, "", _blocks_read() == blocks, size, time.monotonic() - begun)
 
-    def _let_go(self) -> None:
-        """Of what was mapped for copies."""
-        for name in self._touched:
-            let_go(tensors_of(self._known[name]))
-        self._touched.clear()
-
-    def _find(self, layer: int, expert: int) -> tuple[Weight, ...]:
+    def _find(self, checkpoint: Checkpoint, layer: int, expert: int) -> tuple[Weight, ...]:
         """Views are kept; what had to be unpacked or rearranged is a copy, and too large for that."""
-        if self._checkpoint is None:
-            self._checkpoint = self._open()
-        weights = self._read(self._checkpoint, layer, expert)
-        if self._views is None:
-            again = tensors_of(self._read(self._checkpoint, layer, expert))
-            self._views = all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors_of(weights), again, strict=True))
-        if self._views:
+        weights = self._read(checkpoint, layer, expert)
+        checkpoint.let_go()
+        if all(map(checkpoint.is_view, tensors_of(weights))):
             self._known[layer, expert] = weights
         return weights
-
-    def _close_checkpoint(self) -> None:
-        self._checkpoint = None
-        self._known.clear()
-        self._touched.clear()
 
 
 def _blocks_read() -> int:

@@ -6,7 +6,9 @@ Format: 8 bytes little-endian length, that much JSON {name: {dtype, shape, data_
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +127,11 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             raise ModelError(str(path), f"is truncated: tensor {name} ends after the end of the file")
         index[name] = TensorInfo(path.name, entry.dtype, entry.shape, start, end)
     return index
+
+
+def data_start(file: FileIO) -> int:
+    """The byte of a safetensors file from which offsets count. Raises OSError."""
+    return 8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
 
 
 def _parse_header(path: Path) -> tuple[int, dict[str, _Entry]]:

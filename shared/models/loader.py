@@ -4,10 +4,14 @@ A view costs no memory until it is read, and all processes of a host that read i
 only ever read through this file.
 """
 
+import ctypes
+import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +20,13 @@ from torch import Tensor
 from shared.errors import ModelError
 from shared.kernels.weights import Fp8Blocks, Weight
 from shared.messages import ModelFacts
+from shared.models.index import TensorInfo, data_start
 from shared.models.layout import Shape, tensor_name
 from shared.models.packed import SCALE_SUFFIX, unpack_mxfp4
 from shared.models.source import ModelSource, open_source
 from shared.models.spec import ModelSpec, Stored
+
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,20 @@ class LayerWeights:
     vectors: dict[str, Tensor]
     """Norms, biases, sinks."""
     matrices: dict[str, Weight]
+
+
+class _Open(NamedTuple):
+    """A file of tensors that is in use."""
+
+    tensors: Any
+    """Gives views of the mapped file, by name."""
+    raw: FileIO
+    start: int
+    """Address of the file's first byte."""
+    end: int
+
+    def holds(self, tensor: Tensor) -> bool:
+        return self.start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= self.end
 
 
 def open_checkpoint(model: str) -> "Checkpoint":
@@ -41,7 +62,7 @@ class Checkpoint:
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _Open] = {}
 
     @property
     def path(self) -> Path:
@@ -67,7 +88,7 @@ class Checkpoint:
         info = self.source.tensors.get(name)
         if info is None:
             raise ModelError(str(self.path), f"tensor {name} is missing")
-        tensor = self._open(info.file).get_tensor(name)
+        tensor = self._open(info, name).tensors.get_tensor(name)
         return tensor if tensor.data_ptr() % tensor.itemsize == 0 else tensor.clone()
 
     def load(self, role: str, layer: int, expert: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -122,14 +143,52 @@ class Checkpoint:
         for file in self._files:
             self.source.check_file(file)
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                self.source.check_file(file)
-                self._files[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise ModelError(str(self.path / file), f"cannot be mapped: {error}") from error
-        return self._files[file]
+    def is_view(self, tensor: Tensor) -> bool:
+        """Whether a tensor's bytes are those of an open file, unchanged."""
+        return any(file.holds(tensor) for file in self._files.values())
+
+    def let_go(self) -> None:
+        """No page of the open files is needed here for now: they stay in the page cache, but do not count as ours.
+
+        What is read through a view after all is mapped again. (Even making a view maps pages around its first one.)
+        """
+        for file in self._files.values():
+            first = file.start // mmap.PAGESIZE * mmap.PAGESIZE
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(file.end - first), ctypes.c_int(mmap.MADV_DONTNEED))
+
+    def read(self, tensor: Tensor, address: int) -> bool:
+        """Put the bytes of a contiguous view at an address. False: it is no view, and nothing has happened.
+
+        They come from the file itself: through its mapping small tensors take three times as long, for pages have to be
+        mapped, and who lets go of them interrupts other cores. Raises ModelError, OSError.
+        """
+        for name, file in self._files.items():
+            if file.holds(tensor):
+                room = (ctypes.c_char * tensor.nbytes).from_address(address)
+                if os.preadv(file.raw.fileno(), [room], tensor.data_ptr() - file.start) != tensor.nbytes:
+                    raise ModelError(str(self.path / name), "ends before its last tensor")
+                return True
+        return False
+
+    def _open(self, info: TensorInfo, name: str) -> _Open:
+        """The file of this tensor."""
+        file = self._files.get(info.file)
+        if file is None:
+            file = self._files[info.file] = self._opened(info, name)
+        return file
+
+    def _opened(self, info: TensorInfo, name: str) -> _Open:
+        path = self.path / info.file
+        try:
+            self.source.check_file(info.file)
+            tensors, raw = safe_open(str(path), framework="pt", device="cpu"), FileIO(path)
+            first, again = tensors.get_tensor(name), tensors.get_tensor(name)
+            if first.data_ptr() != again.data_ptr():
+                raise ModelError(str(path), "safetensors gives copies of tensors; a version that maps is needed")
+            start = first.data_ptr() - info.start - data_start(raw)
+            return _Open(tensors, raw, start, start + os.fstat(raw.fileno()).st_size)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(str(path), f"cannot be mapped: {error}") from error
 
 
 def _rows(tensor: Tensor, part: str) -> Tensor:

@@ -1,14 +1,14 @@
-"""Memory of one's own for a fixed number of experts: weights are copied there from where the checkpoint is mapped.
+"""Memory of one's own for a fixed number of experts: weights are read there from the files of the checkpoint.
 
-A slot that is freed gives its pages back to the system. The checkpoint's own pages are let go of after a copy, so that
-they count for nobody; they stay in the page cache, the host memory from which a start is *warm*.
+A slot that is freed gives its pages back to the system. What was read stays in the page cache, the host memory from
+which a start is *warm*.
 """
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,9 @@ from shared.kernels.weights import Fp8Blocks, Weight
 PAGE, HUGE = mmap.PAGESIZE, 2 << 20
 """Bytes of pages. Slots of large experts lie on huge ones, which are filled several times faster: fewer faults."""
 _LINE = 64
-_LIBC = ctypes.CDLL(None, use_errno=True)
+
+Read = Callable[[Tensor, int], bool]
+"""As ``Checkpoint.read``: put the bytes of a view of a file at an address, if it is one."""
 
 
 class SlotsMismatch(MoemeshError):
@@ -38,8 +40,8 @@ class Slots(Protocol):
         """It is going to be filled."""
         ...
 
-    def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
-        """Copy an expert's weights into a slot; returns them there."""
+    def fill(self, slot: int, weights: Sequence[Weight], read: Read) -> tuple[Weight, ...]:
+        """Copy an expert's weights into a slot; returns them there. Raises what ``read`` raises."""
         ...
 
     def free(self, slot: int) -> None:
@@ -57,10 +59,14 @@ class DeviceSlots:
     def take(self, slot: int) -> None:
         """Nothing to do: see the class."""
 
-    def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    def fill(self, slot: int, weights: Sequence[Weight], read: Read) -> tuple[Weight, ...]:
         """See ``Slots``."""
-        to = self._device, self._dtype
-        return tuple(w.to(self._device) if isinstance(w, Fp8Blocks) else w.to(*to) for w in weights)
+        return tuple(self._moved(weight, read) for weight in weights)
+
+    def _moved(self, weight: Weight, read: Read) -> Weight:
+        if isinstance(weight, Fp8Blocks):
+            return replace(weight, values=_in_memory(weight.values, read)).to(self._device)
+        return _in_memory(weight, read).to(self._device, self._dtype)
 
     def free(self, slot: int) -> None:
         """Nothing to do: see the class."""
@@ -112,14 +118,15 @@ class HostSlots:
         """See ``Slots``."""
         self._taken[slot] = True
 
-    def fill(self, slot: int, weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    def fill(self, slot: int, weights: Sequence[Weight], read: Read) -> tuple[Weight, ...]:
         """See ``Slots``. Raises SlotsMismatch."""
         sources = tensors_of(weights)
         if [(s.shape, s.dtype) for s in sources] != [(p.shape, p.dtype) for p in self._places]:
             raise SlotsMismatch("an expert's weights differ in shape or dtype from the first one's")
         for source, place in zip(sources, self._places, strict=True):
-            start = slot * self.slot_bytes + place.offset  # a copy without the interpreter's lock and torch's threads
-            ctypes.memmove(self._address + start, source.data_ptr(), source.nbytes)
+            address = self._address + slot * self.slot_bytes + place.offset
+            if not read(source, address):  # a copy without the interpreter's lock and torch's threads
+                ctypes.memmove(address, source.data_ptr(), source.nbytes)
         return self._weights[slot]
 
     def free(self, slot: int) -> None:
@@ -144,12 +151,7 @@ class HostSlots:
         return self._memory[start : start + size].view(place.dtype).view(place.shape)
 
 
-def let_go(tensors: Sequence[Tensor]) -> None:
-    """These views of mapped files are not needed here for now: their pages stay in the page cache, but are not ours.
-
-    What else lies on their first and last page is read from the page cache again. Other tensors than views of mapped
-    files would lose what they hold.
-    """
-    for tensor in tensors:
-        first, end = tensor.data_ptr() // PAGE * PAGE, tensor.data_ptr() + tensor.nbytes
-        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(mmap.MADV_DONTNEED))
+def _in_memory(tensor: Tensor, read: Read) -> Tensor:
+    """What a view shows, without mapping its file's pages; any other tensor is in memory already."""
+    room = torch.empty_like(tensor)
+    return room if read(tensor, room.data_ptr()) else tensor

@@ -1,6 +1,5 @@
 """Memory of an expert's own: what is copied there is bit for bit what was given, and a freed slot takes no memory."""
 
-import mmap
 import random
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from shared.kernels.weights import Fp8Blocks, Weight
-from shared.models.slots import DeviceSlots, HostSlots, SlotsMismatch, let_go, tensors_of
+from shared.models.slots import DeviceSlots, HostSlots, SlotsMismatch, tensors_of
 
 
 def weights(seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
@@ -22,6 +21,10 @@ def fp8(seed: int) -> Fp8Blocks:
     return Fp8Blocks(values, torch.rand(2, 2, generator=generator), (128, 128))
 
 
+def no_view(tensor: torch.Tensor, address: int) -> bool:
+    return False
+
+
 def same(ours, theirs) -> bool:
     pairs = zip(tensors_of(ours), tensors_of(theirs), strict=True)
     return all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
@@ -32,9 +35,9 @@ def same(ours, theirs) -> bool:
 )
 def test_slots_hold_what_was_copied_into_them_and_nothing_of_their_neighbours(make):
     slots = HostSlots(3, make(0))
-    held = [slots.fill(slot, make(slot)) for slot in range(3)]
+    held = [slots.fill(slot, make(slot), no_view) for slot in range(3)]
     assert all(same(held[slot], make(slot)) for slot in range(3))
-    slots.fill(1, make(7))
+    slots.fill(1, make(7), no_view)
     assert same(held[0], make(0))
     assert same(held[1], make(7)), "views of a slot show what is in it now"
     assert same(held[2], make(2))
@@ -43,7 +46,7 @@ def test_slots_hold_what_was_copied_into_them_and_nothing_of_their_neighbours(ma
 def test_an_expert_of_another_form_is_refused():
     slots = HostSlots(1, weights(0))
     with pytest.raises(SlotsMismatch):
-        slots.fill(0, weights(0, torch.float32))
+        slots.fill(0, weights(0, torch.float32), no_view)
 
 
 def test_a_freed_slot_gives_its_pages_back():
@@ -52,7 +55,7 @@ def test_a_freed_slot_gives_its_pages_back():
     before = anonymous()
     for slot in range(2):
         slots.take(slot)
-        slots.fill(slot, expert)
+        slots.fill(slot, expert, no_view)
     full = anonymous()
     slots.free(0)
     slots.free(1)
@@ -72,7 +75,7 @@ def test_a_freed_slot_takes_nothing_of_those_that_are_taken(numbers: int) -> Non
             slots.free(slot)
         else:
             slots.take(slot)
-            held[slot] = slots.fill(slot, [torch.full((numbers,), float(turn))])[0], turn
+            held[slot] = slots.fill(slot, [torch.full((numbers,), float(turn))], no_view)[0], turn
         for weight, value in held.values():
             assert isinstance(weight, torch.Tensor)
             assert (weight == value).all()
@@ -84,15 +87,6 @@ def anonymous() -> int:
         return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
 
 
-def test_mapped_weights_are_let_go_of_and_read_again(tmp_path):
-    path = tmp_path / "weights"
-    path.write_bytes(bytes(range(256)) * (64 * mmap.PAGESIZE // 256))
-    tensor = torch.from_file(str(path), shared=False, size=64 * mmap.PAGESIZE, dtype=torch.uint8)
-    expected = int(tensor.sum(dtype=torch.int64))
-    let_go([tensor])
-    assert int(tensor.sum(dtype=torch.int64)) == expected
-
-
 def test_on_a_device_weights_are_copied_there():
     slots = DeviceSlots(2, torch.device("cpu"), torch.bfloat16)
-    assert same(slots.fill(0, weights(3)), weights(3))
+    assert same(slots.fill(0, weights(3), no_view), weights(3))

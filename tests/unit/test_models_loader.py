@@ -1,6 +1,7 @@
 """Opening checkpoints: what is found, what is shared, and the words of every refusal."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,54 @@ def test_tensors_are_those_of_the_file(tiny):
     checkpoint = open_checkpoint(str(tiny))
     for name, tensor in load_file(tiny / "model.safetensors").items():
         assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+def test_a_view_is_read_from_where_it_lies_in_its_file(tiny):
+    checkpoint = open_checkpoint(str(tiny))
+    for name, tensor in load_file(tiny / "model.safetensors").items():
+        for view, expected in ((checkpoint.tensor(name), tensor), (checkpoint.tensor(name)[1:], tensor[1:])):
+            room = torch.zeros_like(expected)
+            assert checkpoint.is_view(view)
+            assert checkpoint.read(view, room.data_ptr())
+            assert torch.equal(room, expected)
+
+
+def test_pages_that_are_let_go_of_are_read_again(tiny):
+    checkpoint, file = open_checkpoint(str(tiny)), tiny / "model.safetensors"
+    before = mapped(file)
+    views = [checkpoint.tensor(name) for name in checkpoint.source.tensors]
+    copies = [view.clone() for view in views]
+    assert mapped(file) > before
+    checkpoint.let_go()
+    assert mapped(file) == before
+    assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))
+
+
+def mapped(file: Path) -> int:
+    """KiB of a file that this process has mapped."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [number for number, line in enumerate(lines) if line.endswith(str(file))]
+    return sum(int(next(line for line in lines[n:] if line.startswith("Rss:")).split()[1]) for n in starts)
+
+
+def test_what_is_no_view_of_a_file_is_not_read_from_one(tiny):
+    checkpoint = open_checkpoint(str(tiny))
+    room = torch.zeros(8)
+    copy = checkpoint.tensor("model.norm.weight")[:8].clone()
+    assert not checkpoint.is_view(copy)
+    assert not checkpoint.read(copy, room.data_ptr())
+    assert not room.any()
+
+
+def test_a_file_that_ends_within_a_view_is_named(tiny):
+    checkpoint = open_checkpoint(str(tiny))
+    last = max(checkpoint.source.tensors, key=lambda name: checkpoint.source.tensors[name].end)
+    view, file = checkpoint.tensor(last), tiny / "model.safetensors"
+    room = torch.empty_like(view)
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ModelError, match="ends before its last tensor") as caught:
+        checkpoint.read(view, room.data_ptr())
+    assert str(file) in str(caught.value)
 
 
 def test_tensors_are_views_of_the_mapped_file():
