@@ -143,13 +143,13 @@ class ExpertServer:
     def run(self) -> None:
         """Serve until ``stop``; the caller closes the transport."""
         while self._look():
-            if self._waiting:
-                self._answer_all(self._waiting.due())
+            self._go_on()
             if self._express and self.idle_for() < BUSY_S and self._turn(self._express):
                 continue
             incoming = self._transport.receive(IDLE_S, busy=self.idle_for() < BUSY_S)
             if incoming is not None:
                 self._awake.hold()
+                self._go_on()  # what has been started meanwhile is there for this frame
                 self._take(incoming)
             elif self.idle_for() > IDLE_S:
                 self._awake.release()
@@ -227,9 +227,9 @@ class ExpertServer:
         self.stats.bytes_received += header.row_bytes
         return not self._settle(Question(known[1], incoming))
 
-    def _answer_all(self, questions: Iterable[Question]) -> None:
-        """Those whose experts may be there by now; the others go on waiting."""
-        for question in questions:
+    def _go_on(self) -> None:
+        """Answer those whose experts are there by now; the others go on waiting."""
+        for question in self._waiting.due() if self._waiting else ():
             if self._settle(question):
                 question.incoming.release()
 

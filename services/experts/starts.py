@@ -81,7 +81,8 @@ class Starts:
         open_checkpoint: a checkpoint for this thread alone.
         read: where an expert's weights are.
         slots: where they go.
-        wake: called after starts, once for several of a layer that are waited for together.
+        wake: called when there is something in ``ended`` that an exchange waits for, once for several of a layer, or
+            when all is done that was asked for.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class Starts:
         self._queue = _Queue()
         self._changed = threading.Condition()
         self._ended: deque[Started] = deque()
+        self._awaited: set[tuple[int, int]] = set()
+        """(layer, expert) that exchanges wait for; guarded by the condition."""
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="starts", daemon=True)
         self._thread.start()
@@ -102,11 +105,14 @@ class Starts:
         """Start an expert in a slot that nobody reads."""
         with self._changed:
             self._queue.jobs[when].append((layer, expert, slot))
+            if when is When.NOW:
+                self._awaited.add((layer, expert))
             self._changed.notify()
 
     def urge(self, layer: int, expert: int) -> None:
-        """An exchange waits for this one now; nothing happens if it is being started already."""
+        """An exchange waits for this one now."""
         with self._changed:
+            self._awaited.add((layer, expert))
             self._queue.urge(layer, expert)
 
     def ended(self) -> list[Started]:
@@ -114,6 +120,9 @@ class Starts:
         found = []
         while self._ended:
             found.append(self._ended.popleft())
+        if found:
+            with self._changed:
+                self._awaited.difference_update((start.layer, start.expert) for start in found)
         return found
 
     def close(self) -> None:
@@ -131,8 +140,8 @@ class Starts:
                 job = self._queue.pop()
             self._ended.append(self._start(*job))
             with self._changed:
-                more = self._queue.wanted_with(job[0])
-            if not more:  # what they are computed with is the core that starts them
+                more = self._queue.wanted_with(job[0]) if job[:2] in self._awaited else bool(self._queue)
+            if not more:  # who is woken wants the core that starts the others
                 self._wake()
 
     def _start(self, layer: int, expert: int, slot: int) -> Started:

@@ -1,5 +1,6 @@
 """Experts that come and go change nothing but the time: every exchange gets its parts, with any budget."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,7 @@ class Oracle:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.load = 5.0
 
     def observe(self, layer: int, ids: np.ndarray) -> None:
         assert ids.shape[1] == TOP_K
@@ -147,7 +149,7 @@ class Oracle:
 
     def loads(self, layer: int, distance: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         self.asked += 1
-        return np.full(EXPERTS, 5.0, np.float32)
+        return np.full(EXPERTS, self.load, np.float32)
 
 
 def test_what_is_foreseen_is_there_when_it_is_called():
@@ -160,6 +162,24 @@ def test_what_is_foreseen_is_there_when_it_is_called():
             starts = elastic.stats.starts
             if starts["predicted"] and starts["warm"] + starts["cold"] == starts["predicted"] + starts["demand"]:
                 break
+        before = elastic.stats.waits
+        mesh.check(2, LAYERS[1], rows=8)
+        assert elastic.stats.starts["predicted"] == EXPERTS
+        assert elastic.stats.waits == before
+
+
+def test_what_has_been_started_by_the_time_a_frame_comes_is_there_though_nobody_was_woken():
+    oracle = Oracle()
+    with toy_mesh(everywhere(1), make_elastic=elastic_with(2 * EXPERTS, predictor=oracle), **PATIENT) as mesh:
+        [elastic] = elastics(mesh)
+        oracle.load = 0.0
+        mesh.check(1, LAYERS[0], rows=8)
+        oracle.load, elastic._starts._wake = 5.0, lambda: None
+        mesh.check(1, LAYERS[0], rows=8)
+        ended, starts, deadline = elastic._starts._ended, elastic.stats.starts, time.monotonic() + 60
+        while len(ended) + starts["warm"] + starts["cold"] < EXPERTS + starts["demand"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         before = elastic.stats.waits
         mesh.check(2, LAYERS[1], rows=8)
         assert elastic.stats.starts["predicted"] == EXPERTS

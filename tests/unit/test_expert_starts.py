@@ -78,3 +78,68 @@ def test_a_file_that_is_cut_off_under_us_fails_the_start_and_names_the_file(benc
     os.truncate(file, file.stat().st_size // 2)
     assert "was changed while it was in use" in bench.start(2, 1).problem
     assert file.name in bench.start(2, 1).problem, "opened again, it is no checkpoint"
+
+
+class Held:
+    """Starts of which each waits until it is let through."""
+
+    def __init__(self) -> None:
+        checkpoint = open_checkpoint("")
+        self.layers = checkpoint.spec.moe_layers
+        self.gates = {expert: threading.Event() for expert in range(4)}
+        self.begun = {expert: threading.Event() for expert in range(4)}
+        self.woken = threading.Semaphore(0)
+        slots = HostSlots(4, read(checkpoint, self.layers[0], 0))
+        self.starts = Starts(lambda: Checkpoint(checkpoint.source), self._read, slots, self.woken.release)
+
+    def _read(self, checkpoint: Checkpoint, layer: int, expert: int):
+        self.begun[expert].set()
+        assert self.gates[expert].wait(60)
+        return read(checkpoint, layer, expert)
+
+    def ask(self, expert: int, when: When, layer: int = 0) -> None:
+        self.starts.ask(self.layers[layer], expert, expert, when)
+
+    def let(self, *experts: int) -> None:
+        for expert in experts:
+            self.gates[expert].set()
+
+    def next(self) -> list[int]:
+        """The experts that have been started when somebody is woken."""
+        assert self.woken.acquire(timeout=60)
+        return [started.expert for started in self.starts.ended()]
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    made = Held()
+    yield made
+    made.let(*made.gates)
+    made.starts.close()
+
+
+def test_who_waits_for_nothing_is_woken_when_all_is_done(held):
+    for expert in (0, 1, 2):
+        held.ask(expert, When.NEXT)
+    held.let(0, 1, 2)
+    assert held.next() == [0, 1, 2]
+    held.starts.close()
+    assert not held.woken.acquire(blocking=False)
+
+
+def test_who_waits_for_one_of_many_is_woken_when_it_is_there(held):
+    held.ask(0, When.NEXT)
+    assert held.begun[0].wait(60)
+    held.ask(1, When.NEXT)
+    held.starts.urge(held.layers[0], 0)  # it is being started
+    held.let(0)
+    assert held.next() == [0]
+
+
+def test_experts_of_a_layer_that_are_waited_for_wake_once(held):
+    held.ask(0, When.NOW)
+    assert held.begun[0].wait(60)
+    for expert, layer in ((1, 0), (2, 1)):
+        held.ask(expert, When.NOW, layer)
+    held.let(0, 1)
+    assert held.next() == [0, 1], "not when the first one was there, and not only with that of another layer"
