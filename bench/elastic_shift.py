@@ -6,7 +6,7 @@ The demo model on 1A2E, with memory for a share of its experts; four streams con
 sudden, DIR/python.txt. *Homes follow* when the busiest instance has at most 5 % more activated experts than under homes
 that are computed with all that was activated afterwards; *residents* when no larger share of calls waits, in two
 seconds, than the bar for Python. Gaps between tokens are compared as a client sees them: before the move, and from ten
-seconds after it on.
+seconds after it on. What is routed is recorded all the time, for that takes time of the same cores.
 """
 
 import argparse
@@ -72,6 +72,7 @@ class Run:
 async def run(share: float, texts: Sequence[Sequence[int]], before: float, after: float, scratch: Path) -> Run:
     looks: list[Look] = []
     stop, moved = asyncio.Event(), asyncio.Event()
+    earlier, later = scratch / "before.trace", scratch / "after.trace"
     client = httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=STREAMS))
     async with LocalMesh(options(share)) as mesh, client:
         watching = asyncio.create_task(watch(mesh, looks, stop))
@@ -80,17 +81,22 @@ async def run(share: float, texts: Sequence[Sequence[int]], before: float, after
         def text() -> Sequence[int]:
             return texts[moved.is_set()]
 
+        def recorded(trace: Path, until: asyncio.Event) -> asyncio.Task[Any]:
+            return asyncio.create_task(record(mesh.nats_url, mesh.options.mesh, trace, until, Limits()))
+
         talking = asyncio.create_task(converse(client, mesh.url, text, STREAMS, lambda: time.monotonic() < end, seed=0))
+        same_work = recorded(earlier, moved)  # so that gaps before and after are those of cores with the same to do
         await asyncio.sleep(before)
-        recording = asyncio.create_task(record(mesh.nats_url, mesh.options.mesh, scratch, stop, Limits()))
         moved.set()
         moved_at = time.perf_counter()
+        await same_work
+        recording = recorded(later, stop)
         streams = await talking
         stop.set()
         await asyncio.gather(watching, recording)
         members, _ = await look(mesh.nats_url, mesh.options.mesh)
     facts = [m.heartbeat.experts.elastic for m in members if m.heartbeat.experts]
-    return Run(moved_at, streams, looks, tuple(fact.slots for fact in facts if fact), activated(scratch))
+    return Run(moved_at, streams, looks, tuple(fact.slots for fact in facts if fact), activated(later))
 
 
 def activated(trace: Path) -> dict[int, NDArray[np.float64]]:
@@ -150,7 +156,7 @@ def p99_gap(streams: Sequence[Stream], start: float, end: float) -> float:
 async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     texts = [text_ids(Path(args.heldout) / f"{name}.txt") for name in MOST_WAITS]
     with tempfile.TemporaryDirectory(prefix="moemesh-shift-") as scratch:
-        of = await run(args.share, texts, args.before, args.after, Path(scratch) / "trace")
+        of = await run(args.share, texts, args.before, args.after, Path(scratch))
     homes, loads = homes_follow(of)
     residents = residents_follow(of, MOST_WAITS["python"])
     start, end = of.streams[0].started, max(s.arrivals[-1] for s in of.streams if s.arrivals)
