@@ -157,7 +157,7 @@ async def scale_to_zero(model: str, texts: Mapping[str, list[int]]) -> dict[str,
 
 
 async def silent(mesh: LocalMesh) -> None:
-    """Return when no expert has been resident for two seconds."""
+    """Return two seconds after no expert was resident any more."""
     async with asyncio.timeout(60):
         while True:
             members, _ = await look(mesh.nats_url, MESH)

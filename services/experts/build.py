@@ -121,7 +121,8 @@ def make_elastic(
     def read(opened: Checkpoint, layer: int, expert: int) -> tuple[Weight, ...]:
         return expert_weights(opened, layer, expert, torch.device("cpu"), dtype)
 
-    starts = Starts(partial(Checkpoint, checkpoint.source), read, slots, wake)
+    every = [(layer, expert) for layer in spec.moe_layers for expert in range(spec.router.experts)]
+    starts = Starts(partial(Checkpoint, checkpoint.source), read, slots, wake, every)
     residency = Residency(len(layers), spec.router.experts, count, config.eviction)
     ahead = range(1, config.predict_ahead + 1)
     predictor = find_predictor(config, checkpoint)

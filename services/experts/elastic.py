@@ -22,7 +22,7 @@ from services.experts.starts import Started, Starts, When
 from shared.activation import Parts
 from shared.elastic.cost import CostMeter
 from shared.elastic.keep_alive import KeepAlive
-from shared.elastic.residency import Residency, Start
+from shared.elastic.residency import Residence, Residency, Start
 from shared.errors import MoemeshError
 from shared.kernels.weights import Weight
 from shared.messages import ElasticFacts, ExpertCost
@@ -181,6 +181,8 @@ class Elastic:
         for expert in experts.tolist():
             self._starts.urge(layer, expert)
         self._order(self._residency.demand(index, experts), When.NOW)
+        if (self._residency.state[index, experts] == Residence.ABSENT).any():
+            self._starts.urge_any()
 
     def _compute(self, layer: int, rows: Tensor, progress: Progress, some: NDArray[np.intp]) -> None:
         tokens, experts, weights = progress.plan.parts

@@ -4,7 +4,7 @@ import resource
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -83,20 +83,30 @@ class Starts:
         slots: where they go.
         wake: called when there is something in ``ended`` that an exchange waits for, once for several of a layer, or
             when all is done that was asked for.
+        ahead: (layer, expert) of those that are looked up while nothing is asked for: a first start takes several times
+            as long as later ones.
     """
 
     def __init__(
-        self, open_checkpoint: Callable[[], Checkpoint], read: Read, slots: Slots, wake: Callable[[], None]
+        self,
+        open_checkpoint: Callable[[], Checkpoint],
+        read: Read,
+        slots: Slots,
+        wake: Callable[[], None],
+        ahead: Iterable[tuple[int, int]] = (),
     ) -> None:
         self._open, self._read, self._slots, self._wake = open_checkpoint, read, slots, wake
         self._checkpoint: Checkpoint | None = None
         self._known: dict[tuple[int, int], tuple[Weight, ...]] = {}
         """Views of experts in the open checkpoint: where they are in its files."""
+        self._ahead = list(ahead)[::-1]
         self._queue = _Queue()
         self._changed = threading.Condition()
         self._ended: deque[Started] = deque()
         self._awaited: set[tuple[int, int]] = set()
         """(layer, expert) that exchanges wait for; guarded by the condition."""
+        self._wake_next = False
+        """An exchange waits for a slot; guarded by the condition."""
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="starts", daemon=True)
         self._thread.start()
@@ -114,6 +124,11 @@ class Starts:
         with self._changed:
             self._awaited.add((layer, expert))
             self._queue.urge(layer, expert)
+
+    def urge_any(self) -> None:
+        """An exchange waits for a slot: whoever is started next may have to make room."""
+        with self._changed:
+            self._wake_next = True
 
     def ended(self) -> list[Started]:
         """Those that have ended since the last call."""
@@ -134,24 +149,34 @@ class Starts:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopped)
+                self._changed.wait_for(lambda: self._queue or self._stopped or self._ahead)
                 if self._stopped:
                     return
-                job = self._queue.pop()
+                job = self._queue.pop() if self._queue else None
+            if job is None:
+                self._look_ahead()
+                continue
             self._ended.append(self._start(*job))
             with self._changed:
-                more = self._queue.wanted_with(job[0]) if job[:2] in self._awaited else bool(self._queue)
-            if not more:  # who is woken wants the core that starts the others
+                wake = self._wanted(job)
+            if wake:
                 self._wake()
+
+    def _wanted(self, job: Job) -> bool:
+        """Whether to wake after this one: not for each of many, for who is woken wants the core that starts them."""
+        if self._wake_next:
+            self._wake_next = False
+            return True
+        layer, expert, _ = job
+        return not (self._queue.wanted_with(layer) if (layer, expert) in self._awaited else self._queue)
 
     def _start(self, layer: int, expert: int, slot: int) -> Started:
         begun, blocks = time.monotonic(), _blocks_read()
         try:
-            if self._checkpoint is None:
-                self._checkpoint = self._open()
-            self._checkpoint.check_files()
-            weights = self._known.get((layer, expert)) or self._find(self._checkpoint, layer, expert)
-            held = self._slots.fill(slot, weights, self._checkpoint.read)
+            checkpoint = self._opened()
+            checkpoint.check_files()
+            weights = self._find(checkpoint, layer, expert)
+            held = self._slots.fill(slot, weights, checkpoint.read)
         except Exception as error:  # noqa: BLE001 - whatever it is, who waits must hear of it
             self._checkpoint = None
             self._known.clear()
@@ -159,12 +184,30 @@ class Starts:
         size = sum(weight.nbytes for weight in weights)
         return Started(layer, expert, slot, held, "", _blocks_read() == blocks, size, time.monotonic() - begun)
 
+    def _look_ahead(self) -> None:
+        name = self._ahead.pop()
+        try:
+            checkpoint = self._opened()
+            checkpoint.check_files()
+            self._find(checkpoint, *name)
+        except Exception:  # noqa: BLE001 - whatever it is, who starts this expert will hear of it
+            self._ahead.clear()
+        if name not in self._known:
+            self._ahead.clear()
+
+    def _opened(self) -> Checkpoint:
+        if self._checkpoint is None:
+            self._checkpoint = self._open()
+        return self._checkpoint
+
     def _find(self, checkpoint: Checkpoint, layer: int, expert: int) -> tuple[Weight, ...]:
         """Views are kept; what had to be unpacked or rearranged is a copy, and too large for that."""
+        if (layer, expert) in self._known:
+            return self._known[layer, expert]
         weights = self._read(checkpoint, layer, expert)
-        checkpoint.let_go()
         if all(map(checkpoint.is_view, tensors_of(weights))):
             self._known[layer, expert] = weights
+            checkpoint.let_go()
         return weights
 
 

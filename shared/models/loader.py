@@ -182,6 +182,7 @@ class Checkpoint:
         try:
             self.source.check_file(info.file)
             tensors, raw = safe_open(str(path), framework="pt", device="cpu"), FileIO(path)
+            self.source.check_file(info.file)  # not replaced between the two
             first, again = tensors.get_tensor(name), tensors.get_tensor(name)
             if first.data_ptr() != again.data_ptr():
                 raise ModelError(str(path), "safetensors gives copies of tensors; a version that maps is needed")

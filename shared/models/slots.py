@@ -65,7 +65,8 @@ class DeviceSlots:
 
     def _moved(self, weight: Weight, read: Read) -> Weight:
         if isinstance(weight, Fp8Blocks):
-            return replace(weight, values=_in_memory(weight.values, read)).to(self._device)
+            values, factors = (_in_memory(tensor, read) for tensor in (weight.values, weight.factors))
+            return replace(weight, values=values, factors=factors).to(self._device)
         return _in_memory(weight, read).to(self._device, self._dtype)
 
     def free(self, slot: int) -> None:

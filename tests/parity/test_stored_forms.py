@@ -16,7 +16,8 @@ from shared.kernels.reference import ReferenceKernels
 from shared.kernels.weights import Fp8Blocks
 from shared.models.layout import expert_roles
 from shared.models.loader import open_checkpoint
-from shared.models.moe import MoeLayer
+from shared.models.moe import MoeLayer, expert_weights
+from shared.models.slots import DeviceSlots, HostSlots, tensors_of
 from tests.parity.families import config, load_yardstick, randomise, save_random
 from tests.parity.test_local_models import CPU, TOLERANCE, largest_difference
 
@@ -82,6 +83,23 @@ def test_fp8_experts_and_projections_stay_in_the_mapped_file(kernels: Any, tmp_p
         assert isinstance(weight, Fp8Blocks) and weight.values.dtype is torch.float8_e4m3fn
         assert weight.factors.dtype is torch.float32
         assert any(start <= weight.values.data_ptr() < end for start, end in spans)
+
+
+@pytest.mark.parametrize("family", ["fp8", "gpt_oss", "llama4_text"])
+def test_slots_take_what_is_stored_packed_or_side_by_side(family: str, tmp_path: Path) -> None:
+    if family == "fp8":
+        path = make_fp8(tmp_path)[0]
+    else:
+        path = tmp_path / family
+        save_random(config(family), path)
+    checkpoint = open_checkpoint(str(path))
+    for expert in (0, checkpoint.spec.router.experts - 1):
+        weights = expert_weights(checkpoint, checkpoint.spec.moe_layers[-1], expert, CPU, torch.float32)
+        for slots in (HostSlots(1, weights), DeviceSlots(1, CPU, torch.float32)):
+            held = slots.fill(0, weights, checkpoint.read)
+            for ours, theirs in zip(tensors_of(held), tensors_of(weights), strict=True):
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+                assert ours.data_ptr() != theirs.data_ptr() or not checkpoint.is_view(theirs)
 
 
 def mapped(file: Path) -> list[tuple[int, int]]:

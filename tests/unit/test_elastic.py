@@ -174,6 +174,7 @@ def test_what_has_been_started_by_the_time_a_frame_comes_is_there_though_nobody_
         [elastic] = elastics(mesh)
         oracle.load = 0.0
         mesh.check(1, LAYERS[0], rows=8)
+        mesh.instances[0].server.detach([]).result(60)  # it has looked ahead
         oracle.load, elastic._starts._wake = 5.0, lambda: None
         mesh.check(1, LAYERS[0], rows=8)
         ended, starts, deadline = elastic._starts._ended, elastic.stats.starts, time.monotonic() + 60

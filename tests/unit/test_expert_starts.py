@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,26 @@ def test_a_file_that_is_cut_off_under_us_fails_the_start_and_names_the_file(benc
     assert file.name in bench.start(2, 1).problem, "opened again, it is no checkpoint"
 
 
+@pytest.mark.parametrize("copies", [False, True])
+def test_experts_are_looked_up_ahead_unless_that_makes_copies(copies):
+    checkpoint, asked, woken = open_checkpoint(""), [], threading.Semaphore(0)
+    every = [(layer, e) for layer in checkpoint.spec.moe_layers for e in range(checkpoint.spec.router.experts)]
+
+    def counting(opened: Checkpoint, layer: int, expert: int):
+        asked.append((layer, expert))
+        weights = read(opened, layer, expert)
+        return tuple(w.clone() for w in tensors_of(weights)) if copies else weights
+
+    slots = HostSlots(1, read(checkpoint, *every[0]))
+    starts = Starts(lambda: Checkpoint(checkpoint.source), counting, slots, woken.release, every)
+    while starts._ahead:
+        time.sleep(0.001)
+    starts.ask(*every[-1], 0, When.NOW)
+    assert woken.acquire(timeout=60)
+    starts.close()
+    assert asked == ([every[0], every[-1]] if copies else every)
+
+
 class Held:
     """Starts of which each waits until it is let through."""
 
@@ -107,7 +128,9 @@ class Held:
     def next(self) -> list[int]:
         """The experts that have been started when somebody is woken."""
         assert self.woken.acquire(timeout=60)
-        return [started.expert for started in self.starts.ended()]
+        ended = self.starts.ended()
+        assert not any(started.problem for started in ended)
+        return [started.expert for started in ended]
 
 
 @pytest.fixture
@@ -134,6 +157,16 @@ def test_who_waits_for_one_of_many_is_woken_when_it_is_there(held):
     held.starts.urge(held.layers[0], 0)  # it is being started
     held.let(0)
     assert held.next() == [0]
+
+
+def test_who_waits_for_a_slot_is_woken_after_the_next_start(held):
+    for expert in (0, 1, 2):
+        held.ask(expert, When.LATER)
+    held.starts.urge_any()
+    held.let(0)
+    assert held.next() == [0]
+    held.let(1, 2)
+    assert held.next() == [1, 2]
 
 
 def test_experts_of_a_layer_that_are_waited_for_wake_once(held):
