@@ -159,8 +159,8 @@ class Checkpoint:
     def read(self, tensor: Tensor, address: int) -> bool:
         """Put the bytes of a contiguous view at an address. False: it is no view, and nothing has happened.
 
-        They come from the file itself: through its mapping small tensors take three times as long, for pages have to be
-        mapped, and who lets go of them interrupts other cores. Raises ModelError, OSError.
+        They come from the file itself, so that no pages are mapped here, nor let go of again, which would interrupt other
+        cores. Raises ModelError, OSError.
         """
         for name, file in self._files.items():
             if file.holds(tensor):
