@@ -159,7 +159,7 @@ class Checkpoint:
     def read(self, tensor: Tensor, address: int) -> bool:
         """Put the bytes of a contiguous view at an address. False: it is no view, and nothing has happened.
 
-        They come from the file itself, so that no pages are mapped here, nor let go of again, which would interrupt other
+        They come from the file itself, so that no pages are mapped here, nor let go of again, which interrupts other
         cores. Raises ModelError, OSError.
         """
         for name, file in self._files.items():
