@@ -1,6 +1,8 @@
 """``moemesh plan``: how many instances of either pool keep a service level, on devices that need not be at hand."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,11 @@ from shared.errors import MoemeshError
 
 if TYPE_CHECKING:
     from shared.planning.session import Answer, Question
+    from shared.planning.setting import Demand
 
+TRACE_HELP = (
+    "routing trace in which activated experts are counted; or a CSV of requests: their busiest time is planned for"
+)
 
 OPTIONS_APART = (
     (
@@ -32,7 +38,7 @@ def plan(
     ctx: typer.Context,
     model: Annotated[Path, typer.Option(help="directory of a checkpoint, or a config.json alone")],
     slo_tpot_ms: Annotated[float, typer.Option(min=0.001, help="time per output token, mean")],
-    rate: Annotated[float, typer.Option(min=1e-6, help="requests per second")],
+    rate: Annotated[float | None, typer.Option(min=1e-6, help="requests per second; not needed with a CSV")] = None,
     hardware: Annotated[str, typer.Option(help="device of both pools: h100, h200, a100, l40s")] = "",
     profile: Annotated[Path | None, typer.Option(help="file of `moemesh profile`: plan for that machine")] = None,
     attention_hardware: Annotated[str, typer.Option(help="device of the attention pool; else --hardware")] = "",
@@ -44,7 +50,7 @@ def plan(
     output: Annotated[float, typer.Option(min=1, help="tokens of an output, mean")] = 256.0,
     prompt: Annotated[float, typer.Option(min=0, help="tokens of a prompt, mean; 0: context - output / 2")] = 0.0,
     chunk: Annotated[float, typer.Option(min=1, help="prompt tokens per step and attention instance")] = 512.0,
-    trace: Annotated[Path | None, typer.Option(help="routing trace in which activated experts are counted")] = None,
+    trace: Annotated[Path | None, typer.Option(help=TRACE_HELP)] = None,
     zipf: Annotated[float, typer.Option(min=0, help="without a trace: exponent of experts' popularity")] = 0.6,
     bound: Annotated[bool, typer.Option("--bound", help="no routing: the bound for experts that are alike")] = False,
     tables: Annotated[Path | None, typer.Option(help="file of a_max tables: read if there, else written")] = None,
@@ -57,17 +63,19 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> None:
     """Find the fewest (or cheapest) devices that keep a time per token, and say why. All times are computed."""
-    check_together(given_options(ctx))
+    given_names, recorded = given_options(ctx), trace is not None and trace.suffix.lower() == ".csv"
+    check_together(given_names - {"--trace"} if recorded else given_names)
     from shared.planning.assemble import Names
     from shared.planning.hardware import FILE
     from shared.planning.session import Question, refusal
-    from shared.planning.setting import Demand, Slo
+    from shared.planning.setting import Slo
 
     names = Names(
         attention_hardware or hardware, expert_hardware or hardware, link, per_node,
         attention_price=attention_price, expert_price=expert_price,
     )  # fmt: skip
-    demand = Demand(rate, prompt or max(1.0, context - output / 2), output, chunk)
+    requests, trace = (trace, None) if recorded else (None, trace)
+    demand = _demand(requests, given_names, rate, context, output, prompt, chunk)
     slo = Slo(slo_tpot_ms / 1e3, slo_ttft_ms / 1e3 if slo_ttft_ms else float("inf"))
     routing = None if bound else zipf
     question = Question(model, names, demand, slo, trace, routing, tables, hardware_file or FILE, most, profile)
@@ -80,6 +88,41 @@ def plan(
         raise refusal(question, given)
     if not as_json:
         _print(question, given)
+
+
+def _demand(
+    requests: Path | None,
+    given: set[str],
+    rate: float | None,
+    context: float,
+    output: float,
+    prompt: float,
+    chunk: float,
+) -> "Demand":
+    """What the command line says, and where it says nothing, the CSV of requests. Raises ConfigError, BadArrivals."""
+    from shared.errors import ConfigError
+    from shared.planning.demand import recorded_demand
+    from shared.planning.setting import Demand
+
+    if requests is None:
+        if rate is None:
+            raise ConfigError("--rate", "say how many requests come per second, or give a CSV of them as --trace")
+        return Demand(rate, prompt or max(1.0, context - output / 2), output, chunk)
+    with _named_errors():
+        seen = recorded_demand(requests, chunk)
+    output = output if "--output" in given else seen.output
+    if "--context" in given and not prompt:
+        prompt = max(1.0, context - output / 2)
+    return Demand(rate or seen.rate, prompt or seen.prompt, output, chunk)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """What goes wrong with a file is said in a line."""
+    try:
+        yield
+    except OSError as error:
+        raise MoemeshError(f"{error.filename}: {error.strerror or error}") from error
 
 
 def given_options(ctx: typer.Context) -> set[str]:
@@ -103,11 +146,8 @@ def check_together(given: set[str]) -> None:
 def _ask(question: "Question", top: int) -> "Answer":
     from shared.planning.session import answer
 
-    with progress() as show:
-        try:
-            return answer(question, show, top)
-        except OSError as error:
-            raise MoemeshError(f"{error.filename}: {error.strerror or error}") from error
+    with progress() as show, _named_errors():
+        return answer(question, show, top)
 
 
 def _facts(question: "Question", given: "Answer") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from shared.errors import ConfigError
 from shared.models.presets import PRESETS
 from shared.planning.routing import draw, zipf
 from shared.planning.session import Infeasible
+from shared.replay.arrivals import BadArrivals
 from shared.traces.native import Header, TraceWriter
 from tests.unit.planning_cases import DEEPSEEK_V2
 
@@ -93,3 +94,44 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 def test_questions_without_an_answer_say_why(more: list[str], error: type[Exception], problem: str) -> None:
     with pytest.raises(error, match=problem):
         CliRunner().invoke(build_app(), [*ASK, *more], catch_exceptions=False)
+
+
+def requests_csv(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    return path
+
+
+def ask_with(trace: Path, *more: str) -> list[str]:
+    return ["plan", "--model", str(DEEPSEEK_V2), "--slo-tpot-ms", "50", *H100, "--trace", str(trace), "--json", *more]
+
+
+def test_a_csv_of_requests_says_what_the_command_line_does_not(tmp_path: Path) -> None:
+    busy = [f"2023-11-16 12:{minute:02}:{second:02}.5,100,50" for minute in range(15) for second in range(60)]
+    calm = [f"2023-11-16 {hour}:00:00,300,150" for hour in range(13, 23)]
+    trace = requests_csv(tmp_path / "requests.csv", *busy, *calm)
+
+    def demand(*more: str) -> dict[str, float]:
+        done = CliRunner().invoke(build_app(), ask_with(trace, *more), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.output)["demand"]
+
+    found = demand()
+    assert found["rate"] == pytest.approx(1.0, rel=0.01)
+    assert found["prompt"] == pytest.approx((900 * 100 + 10 * 300) / 910)
+    assert found["output"] == pytest.approx((900 * 50 + 10 * 150) / 910)
+    assert demand("--rate", "20", "--context", "144", "--output", "256") | {"chunk": 0} == {
+        "rate": 20, "prompt": 16, "output": 256, "chunk": 0,
+    }  # fmt: skip
+
+
+def test_requests_that_go_back_in_time_are_refused_with_the_line(tmp_path: Path) -> None:
+    trace = requests_csv(tmp_path / "r.csv", *(f"2023-11-16 12:00:0{second},10,5" for second in (0, 5, 1)))
+    with pytest.raises(BadArrivals, match="line 4: its time is before that of the line above"):
+        CliRunner().invoke(build_app(), ask_with(trace), catch_exceptions=False)
+
+
+def test_without_a_rate_and_without_requests_there_is_nothing_to_plan_for() -> None:
+    with pytest.raises(ConfigError, match="--rate"):
+        CliRunner().invoke(
+            build_app(), ["plan", "--model", str(DEEPSEEK_V2), "--slo-tpot-ms", "50", *H100], catch_exceptions=False
+        )
